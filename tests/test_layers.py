@@ -1,0 +1,129 @@
+"""Imports run downward only: each layer of the package may import the layers named here and no others."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "lightning_hrnn"
+ROOT = Path(__file__).parents[1] / PACKAGE
+
+# Layer (a folder, or a file at the package's root) -> what it may import from the package besides itself.
+MAY_IMPORT = {
+    "version": set(),
+    "optimizer": {"version"},
+    "tasks": {"version"},
+    "vision": {"version"},
+    "meta": {"version", "optimizer", "tasks"},
+    "evaluation": {"version", "optimizer", "tasks", "meta.unroll"},
+    "callbacks": {"version", "optimizer"},
+    "datamodule": {"version", "tasks", "meta"},
+    "module": {"version", "optimizer", "tasks", "meta", "evaluation", "datamodule"},
+    "__init__": {"version", "optimizer", "callbacks", "module", "datamodule"},
+}
+MAY_IMPORT["cli"] = MAY_IMPORT.keys() - {"__init__"}
+MAY_IMPORT["__main__"] = {"cli"}
+TORCH_ONLY = ("optimizer", "tasks", "meta", "evaluation")
+
+
+def imports(source: str, module: str) -> list[tuple[int, str]]:
+    """Line and absolute dotted name of everything that the text of `module` imports, at any depth."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return found
+
+
+def offences(source: str, module: str) -> list[str]:
+    """The imports of one module (a package is `name.__init__`) that point upward or sideways, in words."""
+    layer = module.split(".")[1]
+    allowed = MAY_IMPORT[layer] | {layer}
+    bad = []
+    for line, name in imports(source, module):
+        top, _, inside = name.partition(".")
+        if top == PACKAGE and not any(f"{inside}.".startswith(f"{ok}.") for ok in allowed):
+            bad.append(f"{module}, line {line}: `{layer}` imports {name}; it may import {sorted(allowed)}")
+        if top in ("lightning", "pytorch_lightning") and layer in TORCH_ONLY:
+            bad.append(f"{module}, line {line}: `{layer}` is plain torch but imports {name}")
+    return bad
+
+
+def modules() -> dict[str, str]:
+    """Dotted name -> text of every file of the package."""
+    return {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path.read_text(encoding="utf-8")
+        for path in sorted(ROOT.rglob("*.py"))
+    }
+
+
+def test_every_layer_has_its_place():
+    unplaced = {module.split(".")[1] for module in modules()} - MAY_IMPORT.keys()
+    assert not unplaced, f"say in MAY_IMPORT what these may import: {sorted(unplaced)}"
+
+
+def test_imports_run_downward_only():
+    bad = [fault for module, source in modules().items() for fault in offences(source, module)]
+    assert not bad, "\n".join(bad)
+
+
+def test_the_table_has_no_cycle():
+    placed: set[str] = set()
+    while len(placed) < len(MAY_IMPORT):
+        free = {k for k, below in MAY_IMPORT.items() if {name.split(".")[0] for name in below} <= placed}
+        assert free > placed, f"a cycle among {sorted(MAY_IMPORT.keys() - placed)}"
+        placed = free
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lightning_hrnn.optimizer.kernels.cpp", "from ...tasks import base"),
+        ("lightning_hrnn.tasks.base", "import lightning_hrnn.optimizer"),
+        ("lightning_hrnn.tasks.base", "def f():\n    from lightning_hrnn import optimizer"),
+        ("lightning_hrnn.callbacks", "from lightning_hrnn.meta.unroll import unroll"),
+        ("lightning_hrnn.callbacks", "from . import meta"),
+        ("lightning_hrnn.evaluation.protocol", "from lightning_hrnn.meta.truncation import windows"),
+        ("lightning_hrnn.meta.__init__", "from ..callbacks import HRNNOptimizerCallback"),
+        ("lightning_hrnn.meta.loss", "import lightning.pytorch as pl"),
+        ("lightning_hrnn.meta.loss", "from lightning_hrnn import HRNN"),
+    ],
+)
+def test_an_offending_import_is_named(module, source):
+    (fault,) = offences(source, module)
+    line = len(source.splitlines())
+    assert fault.startswith(f"{module}, line {line}: ")
+    assert "imports lightning" in fault
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "lightning_hrnn.meta.loss",
+            "import torch\nfrom ..tasks.base import Params\nfrom .unroll import a",
+        ),
+        ("lightning_hrnn.optimizer.__init__", "from .features import features\nfrom . import kernels"),
+        ("lightning_hrnn.optimizer.kernels.__init__", "from ..features import features"),
+        ("lightning_hrnn.evaluation.protocol", "from ..meta.unroll import unroll"),
+        ("lightning_hrnn.__init__", "from .callbacks import HRNNOptimizerCallback"),
+    ],
+)
+def test_a_downward_import_is_fine(module, source):
+    assert offences(source, module) == []
+
+
+@pytest.mark.parametrize("layer", ["optimizer", "tasks", "meta"])
+def test_torch_folders_never_read_the_environment(layer):
+    bad = [
+        f"{module}, line {node.lineno}: {ast.unparse(node)}"
+        for module, source in modules().items()
+        if module.split(".")[1] == layer
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+    ]
+    assert not bad, "\n".join(bad)
