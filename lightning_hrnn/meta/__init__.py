@@ -1,0 +1,1 @@
+"""Meta-training: how the rule learns. Optimizer and tasks meet here; needs torch alone."""

@@ -1,0 +1,1 @@
+"""The learned optimizer: features, update rule, `HRNN`, kernels, pretrained weights. Needs torch alone."""

@@ -1,0 +1,171 @@
+"""From gradient to the inputs of the param RNN: momentum on several timescales, scaled dynamically.
+
+The first half of the way from gradient to update; `hierarchical_rnn` is the second. Everything is a pure function
+over flat parameters, features first, so that each feature of all parameters is one contiguous row.
+
+Legend: `P` scalar parameters, `T` tensors, `M` models, `S` timescales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SQUARE_FLOOR = 1e-18
+"""Added to a squared average gradient, so that a parameter that never had a gradient divides zero by something."""
+
+
+class Layout(NamedTuple):
+    """Say which tensor each parameter belongs to, and which model each tensor.
+
+    Any number of models (tasks in meta-training, one in deployment) of any shapes lie end to end in one flat
+    vector; the three levels of the rule are then three calls, however many tensors there are.
+
+    Example:
+        >>> layout = Layout.of([3, 1])
+        >>> layout.mean_per_tensor(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        tensor([[2., 4.]])
+    """
+
+    tensor_of: Tensor  # [P] index of each parameter's tensor
+    model_of: Tensor  # [T] index of each tensor's model
+    params_in: Tensor  # [T] number of parameters of each tensor, as a float
+    tensors_in: Tensor  # [M] number of tensors of each model, as a float
+
+    @classmethod
+    def of(
+        cls,
+        sizes: Sequence[int],
+        model_of: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Layout:
+        """Lay tensors of the given sizes end to end.
+
+        Args:
+            sizes: number of parameters of each tensor, all positive. [T]
+            model_of: index of the model of each tensor; one model if left out. [T]
+            device: where the index tensors live.
+            dtype: type of the counts.
+
+        Raises:
+            ValueError: a tensor is empty, or the lengths differ.
+        """
+        models = list(model_of) if model_of is not None else [0] * len(sizes)
+        if len(models) != len(sizes):
+            raise ValueError(
+                f"{len(sizes)} sizes but {len(models)} model indices: give one model to each tensor."
+            )
+        if any(size < 1 for size in sizes):
+            raise ValueError("An empty tensor has no mean: leave tensors of size 0 out of the layout.")
+        params_in = torch.tensor(sizes, device=device)
+        model_index = torch.tensor(models, device=device, dtype=torch.int64)
+        return cls(
+            tensor_of=torch.repeat_interleave(torch.arange(len(sizes), device=device), params_in),
+            model_of=model_index,
+            params_in=params_in.to(dtype),
+            tensors_in=torch.bincount(model_index).to(dtype),
+        )
+
+    def mean_per_tensor(self, rows: Tensor) -> Tensor:
+        """Average rows over the parameters of each tensor: `[..., P] -> [..., T]`."""
+        return _segment_sum(rows, self.tensor_of, len(self.params_in)) / self.params_in
+
+    def mean_per_model(self, rows: Tensor) -> Tensor:
+        """Average rows over the tensors of each model: `[..., T] -> [..., M]`."""
+        return _segment_sum(rows, self.model_of, len(self.tensors_in)) / self.tensors_in
+
+    def to_params(self, rows: Tensor) -> Tensor:
+        """Hand a tensor's value to each of its parameters: `[..., T] -> [..., P]`."""
+        return rows.index_select(-1, self.tensor_of)
+
+    def to_tensors(self, rows: Tensor) -> Tensor:
+        """Hand a model's value to each of its tensors: `[..., M] -> [..., T]`."""
+        return rows.index_select(-1, self.model_of)
+
+
+def _segment_sum(rows: Tensor, segment: Tensor, count: int) -> Tensor:
+    return rows.new_zeros(*rows.shape[:-1], count).index_add(-1, segment, rows)
+
+
+class Moments(NamedTuple):
+    """Hold the moving averages of one step."""
+
+    average: Tensor  # [S, P] of the gradient, fastest timescale first
+    square: Tensor  # [S, P] of the squared averages
+
+
+def update_moments(
+    grad: Tensor,  # [P]
+    moments: Moments,
+    input_decay: Tensor,  # [P]
+    scale_decay: Tensor,  # [P]
+) -> Moments:
+    r"""Average the gradient over `S` timescales, and the square of each average over one.
+
+    The decay of timescale `s` is `b_in ** (1 / 2**s)`: each remembers twice as long as the one before
+    (Wichrowska et al. 2017, section 3.2.2)::
+
+        m_s <- b_s m_s + (1 - b_s) g            b_s = b_in ** (1 / 2**s)
+        v_s <- b_sc v_s + (1 - b_sc) (m_s**2 + floor)
+    """
+    exponents = 0.5 ** torch.arange(len(moments.average), device=grad.device, dtype=grad.dtype)
+    decays = input_decay ** exponents[:, None]  # [S, P]
+    average = decays * moments.average + (1 - decays) * grad
+    square = scale_decay * moments.square + (1 - scale_decay) * (average.square() + SQUARE_FLOOR)
+    return Moments(average, square)
+
+
+def scaled_gradient(moments: Moments) -> Tensor:
+    """Divide each average by its root mean square and compress it: `asinh(m_s / sqrt(v_s))`. [S, P]
+
+    Invariant to the scale of the gradient (section 3.2.3).
+    """
+    return torch.asinh(moments.average / moments.square.sqrt())
+
+
+class Inputs(NamedTuple):
+    """Gather what a feature may look at."""
+
+    scaled: Tensor  # [S, P] scaled gradients
+    square: Tensor  # [S, P]
+    relative_rate: Tensor  # [P] log rate less its mean over the model
+
+
+def neighbour_products(inputs: Inputs) -> Tensor:
+    """Multiply scaled gradients of neighbouring timescales: curvature against averaging length. [S-1, P]"""
+    return inputs.scaled[:-1] * inputs.scaled[1:]
+
+
+def relative_magnitudes(inputs: Inputs) -> Tensor:
+    """Compare log gradient magnitudes between timescales: signal against noise (section 3.2.4). [S, P]"""
+    log_square = inputs.square.log()
+    return log_square - log_square.mean(0)
+
+
+FEATURES: dict[str, Callable[[Inputs], Tensor]] = {
+    "scaled_gradient": lambda inputs: inputs.scaled,
+    "neighbour_products": neighbour_products,
+    "relative_magnitudes": relative_magnitudes,
+    "relative_rate": lambda inputs: inputs.relative_rate[None],
+}
+"""Each maps `Inputs` to rows `[k, P]`. A rule names those it uses, in order; an ablation leaves one out."""
+
+
+def count_features(names: Sequence[str], timescales: int) -> int:
+    """Count the rows that the named features make.
+
+    Example:
+        >>> count_features(tuple(FEATURES), timescales=4)
+        12
+    """
+    probe = torch.ones(timescales, 1)
+    return len(param_inputs(names, Inputs(probe, probe, probe[0])))
+
+
+def param_inputs(names: Sequence[str], inputs: Inputs) -> Tensor:
+    """Stack the named features to the inputs of the param RNN. [F, P]"""
+    return torch.cat([FEATURES[name](inputs) for name in names])

@@ -1,0 +1,490 @@
+"""From the inputs of the param RNN, up the hierarchy, to the update: the learned rule as a pure function.
+
+Three recurrent levels share one small set of meta-parameters over every model: a *param* RNN for each scalar
+parameter, a *tensor* RNN for each parameter tensor, one *global* RNN. Each level averages what the level below saw
+and speaks back to it as a bias on its gates. `HierarchicalRNN.forward` is the whole rule, top to bottom; the
+differentiable unroll of meta-training and `HRNN.step` both call it, and every fused kernel is checked against it.
+
+Two rules are described by configuration. `paper` follows Wichrowska et al. 2017 (arXiv 1703.04813) closely. The
+`default` differs in two parts, for the reasons in `GatedDirection` and `BoundedRate`.
+
+Legend: `P` scalar parameters, `T` tensors, `M` models, `S` timescales, `F` features, `H0 H1 H2` hidden sizes of the
+param, tensor and global level. Features come first: `[F, P]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hrnn.optimizer.features import (
+    FEATURES,
+    Inputs,
+    Layout,
+    Moments,
+    count_features,
+    param_inputs,
+    scaled_gradient,
+    update_moments,
+)
+
+GATE_BIAS = 2.2
+RMS_FLOOR = 1e-20
+PARAM_RMS_FLOOR = 1e-12
+LOG_RATE_RANGE = 33.0
+MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
+DIRECTIONS = ("gated", "additive")
+RATES = ("bounded", "smoothed")
+READOUTS = ("direction", "attention")
+TENSOR_FEATURES = ("relative_update",)
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """Configure the parts of a rule; an ablation swaps or drops a part.
+
+    Args:
+        param_hidden: size of the param RNN, `H0`.
+        tensor_hidden: size of the tensor RNN, `H1`.
+        global_hidden: size of the global RNN, `H2`.
+        timescales: number of gradient averages, `S`.
+        features: inputs of the param RNN, names of `FEATURES`.
+        tensor_features: inputs of the tensor RNN beside the means of the param level; `"relative_update"` or none.
+        direction: how the direction is read out, `"gated"` or `"additive"`.
+        rate: how the log rate moves, `"bounded"` or `"smoothed"`.
+        readouts: `("direction",)`, or with `"attention"` a second direction that says where to take the next gradient.
+        drift_power: `"bounded"` only: a rate changes at most like this power of the number of steps.
+        drift_delay: `"bounded"` only: steps before that power law sets in.
+        momentary_bound: `"bounded"` only: a parameter's rate departs from its tensor's at most by this log factor.
+
+    Raises:
+        ValueError: a name is unknown or a size is not positive.
+    """
+
+    param_hidden: int = 10
+    tensor_hidden: int = 20
+    global_hidden: int = 20
+    timescales: int = 4
+    features: tuple[str, ...] = tuple(FEATURES)
+    tensor_features: tuple[str, ...] = TENSOR_FEATURES
+    direction: str = "gated"
+    rate: str = "bounded"
+    readouts: tuple[str, ...] = ("direction",)
+    drift_power: float = 2.0
+    drift_delay: float = 20.0
+    momentary_bound: float = 2.0
+
+    def __post_init__(self) -> None:
+        for field in ("features", "tensor_features", "readouts"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
+        for field in ("drift_power", "drift_delay", "momentary_bound"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"{field} must be positive and finite, not {getattr(self, field)}.")
+        for field, known in (
+            ("features", tuple(FEATURES)),
+            ("tensor_features", TENSOR_FEATURES),
+            ("readouts", READOUTS),
+        ):
+            unknown = [name for name in getattr(self, field) if name not in known]
+            if unknown:
+                raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
+        if self.readouts[:1] != ("direction",) or not self.features:
+            raise ValueError("A rule needs the readout 'direction' first and at least one feature.")
+        for field, choices in (("direction", DIRECTIONS), ("rate", RATES)):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"Unknown {field} {getattr(self, field)!r}: choose from {list(choices)}.")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> RuleConfig:
+        """Return a named configuration, with changes.
+
+        Args:
+            name: `"default"`; `"paper"`, the paper's rule at the sizes of its released code (10/20/20); or
+                `"summary"`, the same at 10/30/20.
+            changes: fields to replace.
+
+        Example:
+            >>> RuleConfig.preset("summary").tensor_hidden
+            30
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Unknown preset {name!r}: choose from {sorted(PRESETS)}.")
+        return replace(PRESETS[name], **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+
+PRESETS = {
+    "default": RuleConfig(),
+    "paper": RuleConfig(tensor_features=(), direction="additive", rate="smoothed"),
+    "summary": RuleConfig(tensor_hidden=30, tensor_features=(), direction="additive", rate="smoothed"),
+}
+
+
+class RuleState(NamedTuple):
+    """Hold what the rule remembers between steps."""
+
+    hidden: Tensor  # [H0, P]
+    average: Tensor  # [S, P] gradient averages
+    square: Tensor  # [S, P] mean squares of the averages
+    log_rate: Tensor  # [T] (bounded) or [P] (smoothed)
+    tensor_hidden: Tensor  # [H1, T]
+    global_hidden: Tensor  # [H2, M]
+    age: Tensor  # [T] steps taken
+
+    def detach(self) -> RuleState:
+        """Cut the state from the graph that made it."""
+        return RuleState(*(value.detach() for value in self))
+
+
+class ParamStep(NamedTuple):
+    """Hold what a param RNN makes of its gradient, each parameter by itself."""
+
+    hidden: Tensor  # [H0, P]
+    average: Tensor  # [S, P]
+    square: Tensor  # [S, P]
+    inputs: Tensor  # [F, P] of the param RNN
+    directions: Tensor  # [R, P] one row a readout, not yet normalised
+    factor: Tensor  # [P] of this parameter on its tensor's rate
+    log_rate: Tensor | None  # [P] next log rate, where a rate has one for each parameter
+
+
+class ParamLevel(NamedTuple):
+    """Hold what the param level makes of all gradients: the part of a step that costs, and that kernels fuse."""
+
+    hidden: Tensor  # [H0, P]
+    average: Tensor  # [S, P]
+    square: Tensor  # [S, P]
+    pooled: Tensor  # [H0 + F, T] means over each tensor, for the tensor RNN
+    steps: Tensor  # [R, P] directions of root mean square 1 over their tensor, times the parameter's factor
+    log_rate: Tensor | None  # [P]
+
+
+class RuleOutput(NamedTuple):
+    """Hold the outcome of one step."""
+
+    update: Tensor  # [P] to subtract from the parameters
+    lookahead: Tensor | None  # [P] subtract from the *new* parameters to get the point of the next gradient
+    rate: Tensor  # [P] or [T], the learned rate of this step: root mean square of a tensor's update
+    state: RuleState
+
+
+class GRU(nn.Module):
+    """Step a gated recurrent unit whose gates take a bias from the level above.
+
+    ::
+
+        r, z = sigmoid(W [x, h] + c + bias)
+        n = tanh(W' [x, r h] + c' + bias')
+        h <- z h + (1 - z) n
+    """
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        width = inputs + hidden
+        self.gate_weight = nn.Parameter(torch.randn(2 * hidden, width) * 0.5 / math.sqrt(width))
+        self.gate_bias = nn.Parameter(torch.full((2 * hidden,), GATE_BIAS))
+        self.candidate_weight = nn.Parameter(torch.randn(hidden, width) * 0.5 / math.sqrt(width))
+        self.candidate_bias = nn.Parameter(torch.zeros(hidden))
+        self.initial = nn.Parameter(torch.rand(hidden) * 2 - 1)
+
+    def initial_state(self, count: int) -> Tensor:
+        """Return the learned initial state, once for each unit. [H, N]"""
+        return self.initial[:, None].repeat(1, count)
+
+    def forward(
+        self,
+        x: Tensor,  # [I, N]
+        hidden: Tensor,  # [H, N]
+        bias: Tensor | None = None,  # [3H, N]: reset gate, update gate, candidate
+    ) -> Tensor:  # [H, N]
+        size = len(hidden)
+        gates = self.gate_weight @ torch.cat([x, hidden]) + self.gate_bias[:, None]
+        if bias is not None:
+            gates = gates + bias[: 2 * size]
+        reset, keep = gates.sigmoid().split(size)
+        candidate = self.candidate_weight @ torch.cat([x, reset * hidden]) + self.candidate_bias[:, None]
+        if bias is not None:
+            candidate = candidate + bias[2 * size :]
+        return keep * hidden + (1 - keep) * candidate.tanh()
+
+
+def _projection(out: int, inputs: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(out, inputs) * 0.5 / math.sqrt(inputs))
+
+
+class GatedDirection(nn.Module):
+    """Read a direction from the hidden state as weights on the scaled gradients: `sum_s (c_s + w_s . h) x_s`.
+
+    The hidden state chooses among timescales and turns them up or down; a parameter that never had a gradient never
+    moves (dead units, unused embeddings), which the additive form does not promise.
+    """
+
+    def __init__(self, config: RuleConfig) -> None:
+        super().__init__()
+        self.shortcut = nn.Parameter(torch.full((config.timescales,), 1 / config.timescales))
+        self.weight = _projection(config.timescales, config.param_hidden)
+
+    def forward(self, hidden: Tensor, scaled: Tensor) -> Tensor:  # [H0, P], [S, P] -> [P]
+        return ((self.weight @ hidden + self.shortcut[:, None]) * scaled).sum(0)
+
+
+class AdditiveDirection(nn.Module):
+    """Read a direction as the paper does: `w . h + sum_s c_s x_s`, the second term being the gradient shortcut."""
+
+    def __init__(self, config: RuleConfig) -> None:
+        super().__init__()
+        self.shortcut = nn.Parameter(torch.full((config.timescales,), 1 / config.timescales))
+        self.weight = _projection(1, config.param_hidden)
+
+    def forward(self, hidden: Tensor, scaled: Tensor) -> Tensor:  # [H0, P], [S, P] -> [P]
+        return (self.weight @ hidden)[0] + self.shortcut @ scaled
+
+
+class BoundedRate(nn.Module):
+    """Move one log rate a tensor, slowly, and let each parameter depart from it for the moment.
+
+    The tensor's log rate drifts with what the tensor RNN says; the momentary factor is a function of the param RNN's
+    present state and leaves no trace::
+
+        a = A tanh((w . h + b) / A)                    momentary, of each parameter
+        l <- l + p / (d + t) tanh(w' . t_h + b')       drift, of each tensor
+
+    with `t` the number of steps taken, `p` the drift power, `d` the delay. The sum of the bounds up to step `t` is
+    `p log(1 + t/d)`: a rate rises or falls at most like a power of time. Rules meta-trained on short windows like to
+    anneal by orders of magnitude within hundreds of steps (short-horizon bias, arXiv 1803.02021); here they cannot,
+    at any age.
+    """
+
+    def __init__(self, config: RuleConfig) -> None:
+        super().__init__()
+        self.power, self.delay, self.bound = config.drift_power, config.drift_delay, config.momentary_bound
+        self.momentary = nn.Parameter(torch.zeros(1, config.param_hidden))
+        self.momentary_bias = nn.Parameter(torch.zeros(1))
+        self.drift = nn.Parameter(torch.zeros(1, config.tensor_hidden))
+        self.drift_bias = nn.Parameter(torch.zeros(1))
+
+    def factor(self, hidden: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the momentary factor of each parameter, `[P]`; none has a log rate of its own."""
+        raw = (self.momentary @ hidden)[0] + self.momentary_bias
+        return (self.bound * torch.tanh(raw / self.bound)).exp(), None
+
+    def drifted(self, state: RuleState, tensor_hidden: Tensor) -> Tensor:
+        """Return each tensor's log rate after the step. [T]"""
+        direction = torch.tanh((self.drift @ tensor_hidden)[0] + self.drift_bias)
+        log_rate = state.log_rate + self.power / (self.delay + state.age) * direction
+        return log_rate.clamp(-LOG_RATE_RANGE, LOG_RATE_RANGE)
+
+
+class SmoothedRate(nn.Module):
+    """Move one log rate a parameter, as the paper does (section 3.2.5)::
+
+        l' = clip(l + w . h + b);   step by exp(l' + o);   l <- k l + (1 - k) l'
+
+    with `k` and the offset `o` learned. The clip passes gradients straight through.
+    """
+
+    def __init__(self, config: RuleConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, config.param_hidden))
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.smoothing = nn.Parameter(torch.tensor(3.2))
+        self.offset = nn.Parameter(torch.tensor(-1.0))
+
+    def factor(self, hidden: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the factor on the rate of each parameter and its next log rate. [P], [P]"""
+        moved = log_rate + (self.weight @ hidden)[0] + self.bias
+        change = moved + (moved.clamp(-LOG_RATE_RANGE, LOG_RATE_RANGE) - moved).detach() - log_rate
+        return (change + self.offset).exp(), log_rate + (1 - self.smoothing.sigmoid()) * change
+
+
+class HierarchicalRNN(nn.Module):
+    """Map a gradient and a state to an update and the next state.
+
+    Args:
+        config: the parts of the rule; the default preset if left out.
+
+    Example:
+        >>> rule = HierarchicalRNN()
+        >>> layout = Layout.of([3, 2])
+        >>> output = rule(torch.randn(5), torch.ones(2), rule.init(layout, log_rate=-7.0), layout)
+        >>> output.update.shape
+        torch.Size([5])
+
+    Reference:
+        Wichrowska et al., Learned Optimizers that Scale and Generalize, ICML 2017, section 3.
+    """
+
+    def __init__(self, config: RuleConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or RuleConfig()
+        h0, h1, h2 = config.param_hidden, config.tensor_hidden, config.global_hidden
+        features = count_features(config.features, config.timescales)
+        tensor_inputs = h0 + features + len(config.tensor_features)
+        self.param_rnn = GRU(features, h0)
+        self.tensor_rnn = GRU(tensor_inputs, h1)
+        self.global_rnn = GRU(h1, h2)
+        self.tensor_to_param = _projection(3 * h0, h1)
+        self.global_to_param = _projection(3 * h0, h2)
+        self.global_to_tensor = _projection(3 * h1, h2)
+        self.decay_weight = _projection(2, h0)  # of the gradient averages, of their squares
+        self.decay_bias = nn.Parameter(torch.tensor([2.2, 3.2]))
+        direction = GatedDirection if config.direction == "gated" else AdditiveDirection
+        self.directions = nn.ModuleDict({name: direction(config) for name in config.readouts})
+        for name in config.readouts[1:]:  # attention starts equal to the update
+            self.directions[name].load_state_dict(self.directions["direction"].state_dict())
+        self.rate = BoundedRate(config) if config.rate == "bounded" else SmoothedRate(config)
+
+    @property
+    def rate_per_param(self) -> bool:
+        """Tell whether every parameter has a log rate of its own, or every tensor."""
+        return isinstance(self.rate, SmoothedRate)
+
+    def init(self, layout: Layout, log_rate: Tensor | float) -> RuleState:
+        """Return the state before the first step.
+
+        Args:
+            layout: of the models.
+            log_rate: natural log of the first learned rate; a number, or one for each tensor `[T]`.
+        """
+        tensors, like = len(layout.params_in), self.param_rnn.initial
+        rates = torch.as_tensor(log_rate, device=like.device, dtype=like.dtype).expand(tensors)
+        zeros = like.new_zeros(self.config.timescales, len(layout.tensor_of))
+        return RuleState(
+            hidden=self.param_rnn.initial_state(len(layout.tensor_of)),
+            average=zeros,
+            square=zeros,
+            log_rate=layout.to_params(rates) if self.rate_per_param else rates.clone(),
+            tensor_hidden=self.tensor_rnn.initial_state(tensors),
+            global_hidden=self.global_rnn.initial_state(len(layout.tensors_in)),
+            age=like.new_zeros(tensors),
+        )
+
+    def forward(
+        self,
+        grad: Tensor,  # [P]
+        param_rms: Tensor,  # [T] root mean square of each parameter tensor
+        state: RuleState,
+        layout: Layout,
+        engine: ParamLevelEngine | None = None,
+    ) -> RuleOutput:
+        """Take one step.
+
+        Args:
+            grad: gradients of all parameters, end to end. [P]
+            param_rms: root mean square of each parameter tensor. [T]
+            state: of the step before, or `init`'s.
+            layout: of the models.
+            engine: a fused equivalent of `HierarchicalRNN.param_level` that takes its place.
+        """
+        param = (engine or HierarchicalRNN.param_level)(
+            self, grad, state, self.param_bias(state, layout), layout
+        )
+        rate = state.log_rate.exp()
+        rates = rate if self.rate_per_param else layout.to_params(rate)
+        steps = param.steps * rates  # [R, P]
+        return RuleOutput(
+            update=steps[0],
+            lookahead=steps[1] if len(steps) > 1 else None,
+            rate=rate,
+            state=self.upper_levels(param, param_rms, state, layout),
+        )
+
+    def param_bias(self, state: RuleState, layout: Layout) -> Tensor:
+        """Return what the levels above say to the gates of the param RNN. [3 H0, T]"""
+        from_global = layout.to_tensors(self.global_to_param @ state.global_hidden)
+        return self.tensor_to_param @ state.tensor_hidden + from_global
+
+    def param_level(self, grad: Tensor, state: RuleState, bias: Tensor, layout: Layout) -> ParamLevel:
+        """Take every parameter's step and average over tensors."""
+        log_rate = state.log_rate if self.rate_per_param else layout.to_params(state.log_rate)
+        param = self.param_step(
+            grad,
+            state,
+            log_rate,
+            log_rate - layout.to_params(self.mean_log_rate(state, layout)),
+            layout.to_params(bias),
+            layout.to_params((state.age > 0).to(grad.dtype)),
+        )
+        mean_square = layout.mean_per_tensor(param.directions.square())  # [R, T]
+        unit = param.directions * layout.to_params((mean_square + RMS_FLOOR).rsqrt())
+        pooled = layout.mean_per_tensor(torch.cat([param.hidden, param.inputs]))
+        return ParamLevel(
+            param.hidden, param.average, param.square, pooled, unit * param.factor, param.log_rate
+        )
+
+    def param_step(
+        self,
+        grad: Tensor,  # [P]
+        state: RuleState,  # its hidden, average and square are used
+        log_rate: Tensor,  # [P]
+        relative_rate: Tensor,  # [P]
+        bias: Tensor,  # [3 H0, P]
+        remembers: Tensor,  # [P] 0 at a tensor's first step, else 1
+    ) -> ParamStep:
+        """Take the step of parameters that know of each other only by their arguments.
+
+        The arguments after `state` may also be `[..., 1]`, where all parameters are of one tensor.
+        """
+        decay_logits = self.decay_weight @ state.hidden + self.decay_bias[:, None]
+        input_decay, scale_decay = decay_logits.clamp(max=MAX_DECAY_LOGIT).sigmoid() * remembers
+        moments = update_moments(grad, Moments(state.average, state.square), input_decay, scale_decay)
+        scaled = scaled_gradient(moments)
+        inputs = Inputs(scaled, moments.square, relative_rate.expand_as(grad))
+        x = param_inputs(self.config.features, inputs)
+        hidden = self.param_rnn(x, state.hidden, bias)
+        directions = torch.stack([readout(hidden, scaled) for readout in self.directions.values()])
+        factor, next_log_rate = self.rate.factor(hidden, log_rate)
+        return ParamStep(hidden, moments.average, moments.square, x, directions, factor, next_log_rate)
+
+    def mean_log_rate(self, state: RuleState, layout: Layout) -> Tensor:
+        """Average the log rate over each tensor, and that over the model. [T]"""
+        per_tensor = layout.mean_per_tensor(state.log_rate) if self.rate_per_param else state.log_rate
+        return layout.to_tensors(layout.mean_per_model(per_tensor))
+
+    def upper_levels(
+        self, param: ParamLevel, param_rms: Tensor, state: RuleState, layout: Layout
+    ) -> RuleState:
+        """Step the tensor RNN, the global RNN and the rates, and gather the next state."""
+        x = param.pooled
+        if self.config.tensor_features:
+            per_tensor = layout.mean_per_tensor(state.log_rate) if self.rate_per_param else state.log_rate
+            x = torch.cat([x, relative_update(per_tensor, param_rms)[None]])
+        bias = layout.to_tensors(self.global_to_tensor @ state.global_hidden)
+        tensor_hidden = self.tensor_rnn(x, state.tensor_hidden, bias)
+        log_rate = param.log_rate
+        if isinstance(self.rate, BoundedRate):
+            log_rate = self.rate.drifted(state, tensor_hidden)
+        return RuleState(
+            hidden=param.hidden,
+            average=param.average,
+            square=param.square,
+            log_rate=log_rate,
+            tensor_hidden=tensor_hidden,
+            global_hidden=self.global_rnn(layout.mean_per_model(tensor_hidden), state.global_hidden),
+            age=state.age + 1,
+        )
+
+
+ParamLevelEngine = Callable[[HierarchicalRNN, Tensor, RuleState, Tensor, Layout], ParamLevel]
+
+
+def relative_update(log_rate: Tensor, param_rms: Tensor) -> Tensor:  # [T], [T] -> [T]
+    """Compare the size of a tensor's update with the tensor's own, as a log from about -3 to 1.
+
+    Well-trained networks of every kind move by about a thousandth of a tensor's size in a step, so this anchors a rule
+    that otherwise knows rates only relative to each other. The size is treated as constant by meta-gradients.
+    """
+    return (log_rate - (param_rms.detach() + PARAM_RMS_FLOOR).log()).clamp(-12.0, 4.0) / 4.0
