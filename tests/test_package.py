@@ -44,7 +44,7 @@ def test_the_citation_names_the_paper():
     paper = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
     assert paper["title"] == "Learned Optimizers that Scale and Generalize"
     assert (paper["year"], paper["volume"], paper["start"], paper["end"]) == (2017, 70, 3751, 3760)
-    assert [author["family-names"] for author in paper["authors"]][0] == "Wichrowska"
+    assert paper["authors"][0]["family-names"] == "Wichrowska"
     assert [item["value"] for item in paper["identifiers"]] == ["arXiv:1703.04813"]
 
 
@@ -135,9 +135,7 @@ def test_the_wheel_holds_the_default_weights_and_their_card(built):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {f"{folder}/hrnn-v0.safetensors", f"{folder}/hrnn-v0.json"} <= names
-    assert (
-        wheel.stat().st_size < 2_000_000
-    )  # the weights are about 8k floats: a wheel beyond this holds a stray
+    assert wheel.stat().st_size < 2_000_000  # 8k floats: a bigger wheel holds a stray file
 
 
 @pytest.mark.slow
