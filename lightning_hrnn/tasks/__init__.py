@@ -1,0 +1,19 @@
+"""What the rule learns from: task families and the corpora that mix them. Plain torch; knows no optimizer."""
+
+from lightning_hrnn.tasks.base import Data, Params, TaskFamily
+from lightning_hrnn.tasks.conformance import TaskError, check_task
+from lightning_hrnn.tasks.corpus import CORPORA, FAMILIES, Corpus, get_corpus, get_family, register
+
+__all__ = [
+    "CORPORA",
+    "FAMILIES",
+    "Corpus",
+    "Data",
+    "Params",
+    "TaskError",
+    "TaskFamily",
+    "check_task",
+    "get_corpus",
+    "get_family",
+    "register",
+]

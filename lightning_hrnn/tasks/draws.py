@@ -1,0 +1,56 @@
+"""Random draws that task families share.
+
+Tensors come from a `torch.Generator`, on its device and in torch's default dtype; configurations (sizes, noise
+levels, activations) come from a `random.Random`.
+
+Shapes: B instances, D dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from torch import Tensor
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draw standard normal numbers."""
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw standard normal numbers with the shape and dtype of `tensor`."""
+    return torch.randn(tensor.shape, generator=generator, device=generator.device, dtype=tensor.dtype)
+
+
+def uniform(generator: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Draw numbers uniform in `[low, high)`."""
+    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+
+
+def integers(generator: torch.Generator, *shape: int, below: int) -> Tensor:
+    """Draw integers uniform in `[0, below)`."""
+    return torch.randint(below, shape, generator=generator, device=generator.device)
+
+
+def rotation(generator: torch.Generator, count: int, dim: int) -> Tensor:
+    """Draw `count` uniformly distributed orthogonal matrices, `[B, D, D]`.
+
+    The Q of a Gaussian matrix's QR factorisation is uniform once R's diagonal is made positive
+    (Mezzadri, Notices of the AMS 54(5), 2007).
+    """
+    q, r = torch.linalg.qr(normal(generator, count, dim, dim))
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)  # [B, D]
+    return q * signs.unsqueeze(-2)
+
+
+def log_uniform(rng: random.Random, low: float, high: float) -> float:
+    """Draw a number whose logarithm is uniform in `[log low, log high]`."""
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+def log_integer(rng: random.Random, low: int, high: int) -> int:
+    """Draw an integer from `low` to `high`, both included, about log-uniformly."""
+    return min(high, int(log_uniform(rng, low, high + 1)))
