@@ -56,9 +56,7 @@ class Layout(NamedTuple):
         """
         models = list(model_of) if model_of is not None else [0] * len(sizes)
         if len(models) != len(sizes):
-            raise ValueError(
-                f"{len(sizes)} sizes but {len(models)} model indices: give one model to each tensor."
-            )
+            raise ValueError(f"{len(sizes)} sizes but {len(models)} model indices: give one model to each tensor.")
         if any(size < 1 for size in sizes):
             raise ValueError("An empty tensor has no mean: leave tensors of size 0 out of the layout.")
         params_in = torch.tensor(sizes, device=device)
@@ -91,6 +89,10 @@ def _segment_sum(rows: Tensor, segment: Tensor, count: int) -> Tensor:
     return rows.new_zeros(*rows.shape[:-1], count).index_add(-1, segment, rows)
 
 
+GRAD_LIMIT = 1e15
+"""Gradients are clipped to this size, so that their squares are finite in single precision."""
+
+
 class Moments(NamedTuple):
     """Hold the moving averages of one step."""
 
@@ -112,6 +114,7 @@ def update_moments(
         m_s <- b_s m_s + (1 - b_s) g            b_s = b_in ** (1 / 2**s)
         v_s <- b_sc v_s + (1 - b_sc) (m_s**2 + floor)
     """
+    grad = grad.clamp(-GRAD_LIMIT, GRAD_LIMIT)
     exponents = 0.5 ** torch.arange(len(moments.average), device=grad.device, dtype=grad.dtype)
     decays = input_decay ** exponents[:, None]  # [S, P]
     average = decays * moments.average + (1 - decays) * grad

@@ -121,9 +121,7 @@ class RuleConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 PRESETS = {
@@ -210,6 +208,7 @@ class GRU(nn.Module):
         hidden: Tensor,  # [H, N]
         bias: Tensor | None = None,  # [3H, N]: reset gate, update gate, candidate
     ) -> Tensor:  # [H, N]
+        """Return the next hidden state."""
         size = len(hidden)
         gates = self.gate_weight @ torch.cat([x, hidden]) + self.gate_bias[:, None]
         if bias is not None:
@@ -238,6 +237,7 @@ class GatedDirection(nn.Module):
         self.weight = _projection(config.timescales, config.param_hidden)
 
     def forward(self, hidden: Tensor, scaled: Tensor) -> Tensor:  # [H0, P], [S, P] -> [P]
+        """Return the direction, not yet normalised."""
         return ((self.weight @ hidden + self.shortcut[:, None]) * scaled).sum(0)
 
 
@@ -250,6 +250,7 @@ class AdditiveDirection(nn.Module):
         self.weight = _projection(1, config.param_hidden)
 
     def forward(self, hidden: Tensor, scaled: Tensor) -> Tensor:  # [H0, P], [S, P] -> [P]
+        """Return the direction, not yet normalised."""
         return (self.weight @ hidden)[0] + self.shortcut @ scaled
 
 
@@ -316,6 +317,9 @@ class HierarchicalRNN(nn.Module):
     Args:
         config: the parts of the rule; the default preset if left out.
 
+    Attributes:
+        card: how these meta-parameters came about, as loaded; empty for a new rule.
+
     Example:
         >>> rule = HierarchicalRNN()
         >>> layout = Layout.of([3, 2])
@@ -329,6 +333,7 @@ class HierarchicalRNN(nn.Module):
 
     def __init__(self, config: RuleConfig | None = None) -> None:
         super().__init__()
+        self.card: dict[str, Any] = {}
         self.config = config = config or RuleConfig()
         h0, h1, h2 = config.param_hidden, config.tensor_hidden, config.global_hidden
         features = count_features(config.features, config.timescales)
@@ -389,9 +394,7 @@ class HierarchicalRNN(nn.Module):
             layout: of the models.
             engine: a fused equivalent of `HierarchicalRNN.param_level` that takes its place.
         """
-        param = (engine or HierarchicalRNN.param_level)(
-            self, grad, state, self.param_bias(state, layout), layout
-        )
+        param = (engine or HierarchicalRNN.param_level)(self, grad, state, self.param_bias(state, layout), layout)
         rate = state.log_rate.exp()
         rates = rate if self.rate_per_param else layout.to_params(rate)
         steps = param.steps * rates  # [R, P]
@@ -412,7 +415,9 @@ class HierarchicalRNN(nn.Module):
         log_rate = state.log_rate if self.rate_per_param else layout.to_params(state.log_rate)
         param = self.param_step(
             grad,
-            state,
+            state.hidden,
+            state.average,
+            state.square,
             log_rate,
             log_rate - layout.to_params(self.mean_log_rate(state, layout)),
             layout.to_params(bias),
@@ -421,14 +426,14 @@ class HierarchicalRNN(nn.Module):
         mean_square = layout.mean_per_tensor(param.directions.square())  # [R, T]
         unit = param.directions * layout.to_params((mean_square + RMS_FLOOR).rsqrt())
         pooled = layout.mean_per_tensor(torch.cat([param.hidden, param.inputs]))
-        return ParamLevel(
-            param.hidden, param.average, param.square, pooled, unit * param.factor, param.log_rate
-        )
+        return ParamLevel(param.hidden, param.average, param.square, pooled, unit * param.factor, param.log_rate)
 
     def param_step(
         self,
         grad: Tensor,  # [P]
-        state: RuleState,  # its hidden, average and square are used
+        hidden: Tensor,  # [H0, P]
+        average: Tensor,  # [S, P]
+        square: Tensor,  # [S, P]
         log_rate: Tensor,  # [P]
         relative_rate: Tensor,  # [P]
         bias: Tensor,  # [3 H0, P]
@@ -436,15 +441,15 @@ class HierarchicalRNN(nn.Module):
     ) -> ParamStep:
         """Take the step of parameters that know of each other only by their arguments.
 
-        The arguments after `state` may also be `[..., 1]`, where all parameters are of one tensor.
+        The arguments after `square` may also be `[..., 1]`, where all parameters are of one tensor.
         """
-        decay_logits = self.decay_weight @ state.hidden + self.decay_bias[:, None]
+        decay_logits = self.decay_weight @ hidden + self.decay_bias[:, None]
         input_decay, scale_decay = decay_logits.clamp(max=MAX_DECAY_LOGIT).sigmoid() * remembers
-        moments = update_moments(grad, Moments(state.average, state.square), input_decay, scale_decay)
+        moments = update_moments(grad, Moments(average, square), input_decay, scale_decay)
         scaled = scaled_gradient(moments)
         inputs = Inputs(scaled, moments.square, relative_rate.expand_as(grad))
         x = param_inputs(self.config.features, inputs)
-        hidden = self.param_rnn(x, state.hidden, bias)
+        hidden = self.param_rnn(x, hidden, bias)
         directions = torch.stack([readout(hidden, scaled) for readout in self.directions.values()])
         factor, next_log_rate = self.rate.factor(hidden, log_rate)
         return ParamStep(hidden, moments.average, moments.square, x, directions, factor, next_log_rate)
@@ -454,9 +459,7 @@ class HierarchicalRNN(nn.Module):
         per_tensor = layout.mean_per_tensor(state.log_rate) if self.rate_per_param else state.log_rate
         return layout.to_tensors(layout.mean_per_model(per_tensor))
 
-    def upper_levels(
-        self, param: ParamLevel, param_rms: Tensor, state: RuleState, layout: Layout
-    ) -> RuleState:
+    def upper_levels(self, param: ParamLevel, param_rms: Tensor, state: RuleState, layout: Layout) -> RuleState:
         """Step the tensor RNN, the global RNN and the rates, and gather the next state."""
         x = param.pooled
         if self.config.tensor_features:

@@ -1,0 +1,78 @@
+"""The deployment step, fused or not: one interface, chosen at run time.
+
+A step of `HRNN` has two passes over the parameters, because a direction is divided by its root mean square over the
+whole tensor. `measure` takes every parameter's step and sums over tensors; `apply` moves the parameters. Between them
+the sums of all tensors are at hand in one small buffer, which is also where sharded training adds up its shards.
+
+Legend: `T` tensors of one call, `R` readouts, `H0` param hidden size, `F` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+
+
+class TensorWork(NamedTuple):
+    """Hold one parameter tensor and its state, which a kernel updates in place."""
+
+    param: Tensor  # [...]
+    grad: Tensor  # [...]
+    hidden: Tensor  # [H0, ...]
+    average: Tensor  # [S, ...]
+    square: Tensor  # [S, ...]
+    log_rate: Tensor  # [...] for a rule with a rate of each parameter, else a scalar that kernels leave alone
+    lookahead: Tensor | None  # [...] with attention: subtract it from the parameter to get the attended point
+    lr: float  # multiplier of the learned rate
+    weight_decay: float
+
+
+class FromAbove(NamedTuple):
+    """Hold what the levels above say to each tensor."""
+
+    bias: Tensor  # [3 H0, T] on the gates of the param RNN
+    log_rate: Tensor  # [T] of the tensor (or its mean)
+    mean_log_rate: Tensor  # [T] of the model
+    remembers: Tensor  # [T] 0 at a tensor's first step, else 1
+
+
+class Sums(NamedTuple):
+    """Hold sums over the parameters of each tensor."""
+
+    pooled: Tensor  # [H0 + F, T] of hidden states and inputs
+    squares: Tensor  # [R, T] of directions
+    param_square: Tensor  # [T] of the parameters before the step
+
+
+class StepKernel(Protocol):
+    """Take one step of some tensors, all on one device, in two passes."""
+
+    def measure(self, rule: HierarchicalRNN, work: Sequence[TensorWork], above: FromAbove) -> tuple[Sums, object]:
+        """Update the states in place; return sums over tensors and what `apply` needs."""
+
+    def apply(self, work: Sequence[TensorWork], pending: object, inverse_rms: Tensor) -> None:
+        """Move the parameters (and lookaheads) by steps scaled with `inverse_rms` `[R, T]`, decaying weights."""
+
+
+def available_kernels() -> dict[str, str]:
+    """Say of each kernel `"available"`, or why this machine cannot run it."""
+    from lightning_hrnn.optimizer.kernels import cpp
+
+    return {"eager": "available", "cpp": cpp.why_unavailable() or "available"}
+
+
+def choose_kernel(name: str, rule: HierarchicalRNN, device_type: str) -> StepKernel:
+    """Return the named kernel, or with `"auto"` the fastest one that can run the rule on the device.
+
+    Raises:
+        ValueError: no kernel has that name.
+    """
+    from lightning_hrnn.optimizer.kernels.eager import EagerKernel
+
+    if name not in ("auto", "eager"):
+        raise ValueError(f"Unknown kernel {name!r}: choose from ['auto', 'eager'].")
+    return EagerKernel()

@@ -1,0 +1,74 @@
+"""The step in plain tensor code: runs everywhere, in chunks, so that temporary memory stays bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork
+
+CHUNK = 32_768  # parameters taken at once: their temporaries (about 100 floats each) stay near the cache
+
+
+class Pending(NamedTuple):
+    """Hold the step of each tensor between the passes."""
+
+    steps: list[Tensor]  # [R, n] directions times factors, not yet normalised
+    rates: list[Tensor]  # learned rate, [...] or [] as the rule has one for each parameter or not
+
+
+class EagerKernel:
+    """Run `HierarchicalRNN.param_step` over chunks of one tensor after the other."""
+
+    def measure(self, rule: HierarchicalRNN, work: Sequence[TensorWork], above: FromAbove) -> tuple[Sums, Pending]:
+        """Update the states in place; return sums over tensors and the steps."""
+        pending, sums = Pending([], []), []
+        for index, tensor in enumerate(work):
+            here = FromAbove(*(value[..., index : index + 1] for value in above))
+            sums.append(self._measure_tensor(rule, tensor, here, pending))
+        pooled, squares, param_square = zip(*sums, strict=True)
+        return Sums(torch.stack(pooled, 1), torch.stack(squares, 1), torch.stack(param_square)), pending
+
+    def _measure_tensor(
+        self, rule: HierarchicalRNN, tensor: TensorWork, above: FromAbove, pending: Pending
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Step one tensor; return its three sums."""
+        count, dtype = tensor.param.numel(), above.bias.dtype
+        param, grad = tensor.param.reshape(-1), tensor.grad.reshape(-1)
+        state = [value.view(len(value), -1) for value in (tensor.hidden, tensor.average, tensor.square)]
+        log_rate = tensor.log_rate.view(-1) if rule.rate_per_param else above.log_rate
+        pending.rates.append(log_rate.exp().view(tensor.param.shape if rule.rate_per_param else ()))
+        steps = above.bias.new_empty(len(rule.directions), count)
+        pending.steps.append(steps)
+        pooled = squares = param_square = above.bias.new_zeros(())
+        for start in range(0, count, CHUNK):
+            part = slice(start, start + CHUNK)
+            before = [value[:, part].to(dtype) for value in state]
+            rate = log_rate[part] if rule.rate_per_param else log_rate
+            step = rule.param_step(
+                grad[part].to(dtype), *before, rate, rate - above.mean_log_rate, above.bias, above.remembers
+            )
+            for value, after in zip(state, (step.hidden, step.average, step.square), strict=True):
+                value[:, part] = after
+            if step.log_rate is not None:
+                log_rate[part] = step.log_rate
+            steps[:, part] = step.directions * step.factor
+            pooled = pooled + torch.cat([step.hidden, step.inputs]).sum(1)
+            squares = squares + step.directions.square().sum(1)
+            param_square = param_square + param[part].to(dtype).square().sum()
+        return pooled, squares, param_square
+
+    def apply(self, work: Sequence[TensorWork], pending: Pending, inverse_rms: Tensor) -> None:
+        """Move the parameters and lookaheads."""
+        for tensor, steps, rate, scale in zip(work, *pending, inverse_rms.unbind(1), strict=True):
+            rates = tensor.lr * rate
+            update = (steps[0] * scale[0]).view(tensor.param.shape) * rates
+            if tensor.weight_decay:
+                update += rates * tensor.weight_decay * tensor.param
+            tensor.param.sub_(update)
+            if tensor.lookahead is not None:
+                tensor.lookahead.copy_((steps[1] * scale[1]).view(tensor.param.shape) * rates)

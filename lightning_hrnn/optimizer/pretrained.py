@@ -1,0 +1,153 @@
+"""Save and load meta-parameters, with the card that says how they came about.
+
+A file `NAME.safetensors` holds the tensors, `NAME.json` beside it the card: the rule's configuration, the corpus, the
+length of the meta-training, an evaluation, and the checksum of the tensors' file. Shipped weights lie in `weights/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+
+DEFAULT_WEIGHTS = "hrnn-v0"
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+CARD_KEYS = ("config", "sha256")
+
+
+class WeightsError(ValueError):
+    """Say that weights are unknown, damaged, or not of this package."""
+
+
+def available_weights() -> list[str]:
+    """List the names of the shipped weights.
+
+    Example:
+        >>> DEFAULT_WEIGHTS in available_weights()
+        True
+    """
+    return sorted(path.stem for path in WEIGHTS_FOLDER.glob("*.safetensors"))
+
+
+def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
+    """Load a rule; its card is the attribute `card`.
+
+    Args:
+        weights: name of shipped weights, or path of a `.safetensors` file with its card beside it.
+
+    Raises:
+        WeightsError: there are no such weights, the file differs from its card's checksum, or is not a rule.
+
+    Example:
+        >>> load_pretrained().card["name"]
+        'hrnn-v0'
+    """
+    path = _find(weights)
+    card = read_card(path)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != card["sha256"]:
+        raise WeightsError(
+            f"{path} is damaged: its checksum is {digest[:12]}..., its card says {card['sha256'][:12]}... "
+            "Install the package again, or fetch the file again from where it came."
+        )
+    try:
+        rule = HierarchicalRNN(RuleConfig(**card["config"]))
+        rule.load_state_dict(load(content))
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path} does not hold the rule that its card describes ({_first_line(error)}). It may come from another "
+            "version of lightning-hrnn: use the version that its card names."
+        ) from error
+    if not all(bool(value.isfinite().all()) for value in rule.parameters()):
+        raise WeightsError(f"{path} holds values that are not finite. Export it again from a sound checkpoint.")
+    rule.card = card
+    return rule.eval()
+
+
+def read_card(weights: str | Path = DEFAULT_WEIGHTS) -> dict[str, Any]:
+    """Read the card of weights.
+
+    Raises:
+        WeightsError: there is no card, or it is not one.
+    """
+    path = _find(weights).with_suffix(".json")
+    try:
+        card = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(
+            f"{path.with_suffix('.safetensors')} has no card: {path.name} should lie beside it."
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path} is not a card ({_first_line(error)}).") from error
+    missing = [key for key in CARD_KEYS if not isinstance(card, dict) or key not in card]
+    if missing:
+        raise WeightsError(f"{path} is not a card: it lacks {missing}.")
+    return card
+
+
+def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any]) -> Path:
+    """Write a rule and its card, completing the card with name, configuration and checksum.
+
+    Args:
+        rule: what to save.
+        path: of the `.safetensors` file; the card lies beside it.
+        card: how the weights came about; values must be plain.
+
+    Returns:
+        The path of the tensors' file.
+
+    Raises:
+        ValueError: the path has another suffix.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"Weights are saved as .safetensors, not {path.suffix or 'without a suffix'}: {path}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = save({name: value.detach().float().cpu().contiguous() for name, value in rule.state_dict().items()})
+    full = {
+        "name": path.stem,
+        **card,
+        "config": rule.config.to_dict(),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    for file, data in ((path, content), (path.with_suffix(".json"), (json.dumps(full, indent=2) + "\n").encode())):
+        part = file.with_suffix(file.suffix + ".part")
+        part.write_bytes(data)
+        part.replace(file)
+    return path
+
+
+def fingerprint(rule: HierarchicalRNN) -> str:
+    """Return a checksum of a rule's configuration and values, whatever file or device they are on."""
+    digest = hashlib.sha256(json.dumps(rule.config.to_dict(), sort_keys=True).encode())
+    for name, value in sorted(rule.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _find(weights: str | Path) -> Path:
+    path = Path(weights)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise WeightsError(f"There is no weights file {path}.")
+        return path
+    shipped = WEIGHTS_FOLDER / f"{weights}.safetensors"
+    if str(weights) not in available_weights():
+        raise WeightsError(
+            f"Unknown weights {str(weights)!r}: choose from {available_weights()}, or give the path of a .safetensors "
+            "file with its card beside it."
+        )
+    return shipped
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
