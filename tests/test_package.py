@@ -33,9 +33,7 @@ def test_the_version_is_written_once():
 
 def test_the_changelog_opens_with_this_version():
     headings = [
-        line
-        for line in (ROOT / "docs/changelog.md").read_text(encoding="utf-8").splitlines()
-        if line[:3] == "## "
+        line for line in (ROOT / "docs/changelog.md").read_text(encoding="utf-8").splitlines() if line[:3] == "## "
     ]
     assert headings[0].split()[1] == lightning_hrnn.__version__
 
@@ -79,11 +77,10 @@ def test_the_callback_does_not_load_meta_training():
     assert "lightning_hrnn.callbacks" in loaded
     assert "wandb" not in loaded
     layers = {name.split(".")[1] for name in loaded if name.startswith("lightning_hrnn.")}
-    assert layers == {"callbacks", "optimizer", "version"}
+    assert layers == {"callbacks", "configure", "optimizer", "schedulers", "version"}
 
 
 def test_every_public_name_is_there():
-    assert set(lightning_hrnn.__all__) <= set(dir(lightning_hrnn))
     for name in lightning_hrnn.__all__:
         assert getattr(lightning_hrnn, name) is not None
 
@@ -91,6 +88,15 @@ def test_every_public_name_is_there():
 def test_the_command_is_installed():
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="lightning-hrnn")
     assert callable(script.load())
+
+
+def test_shipped_weights_are_no_stand_ins():
+    cards = [json.loads(path.read_text(encoding="utf-8")) for path in WEIGHTS.glob("*.json")]
+    assert cards
+    for card in cards:
+        assert not card.get("development", False)
+        assert card["meta_steps"] > 0
+        assert card["corpus"]
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +124,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(built):
         for weights in WEIGHTS.iterdir():
             assert archive.read(weights.relative_to(ROOT).as_posix()) == weights.read_bytes()
     wanted = {
-        p.relative_to(ROOT).as_posix()
-        for p in PACKAGE.rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts
+        p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts
     }
     assert {name for name in names if not name.startswith(info)} == wanted
     assert "lightning_hrnn/py.typed" in names
