@@ -1,0 +1,281 @@
+"""HRNN in Lightning: a callback that puts it into any training run, and helpers that put it into a module.
+
+The callback wraps `configure_optimizers` for the time of a fit (see `configure`), because every strategy calls that
+method at the one moment when parameters are in their final place and no state has been restored yet. Where the weights
+use attention, it also moves the parameters to the point where the next gradient is to be taken, and back: they hold the
+true weights at all times except between the start of a training batch and the end of its backward pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
+
+from lightning_hrnn.configure import (
+    HRNNOptions,
+    SchedulerPolicy,
+    hrnn_optimizers,
+    unwrap_after_fit,
+    wrap_for_fit,
+    wrap_for_good,
+)
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
+
+__all__ = ["HRNNOptimizerCallback", "configure_hrnn", "hrnn_optimizers"]
+
+REFUSED_STRATEGIES = {
+    FSDPStrategy: "FSDP1 flattens parameters into one, which hides the tensors whose statistics HRNN needs",
+    DeepSpeedStrategy: "DeepSpeed takes the step itself, on its own copies of the parameters",
+}
+NOTE = "hrnn"  # the key by which the state of `HRNN` tells itself from others
+SUSPICIOUS_LR = 0.02  # of the multiplier at the start: who writes less most likely means a step length
+
+
+class HRNNOptimizerCallback(Callback):
+    """Train with `HRNN` in the place of the optimizers that the module configures.
+
+    Nothing else changes: number and order of optimizers, param groups with their names and weight decays, clipping,
+    accumulation, checkpoints and their resumption. What was replaced is said once, when the fit starts.
+
+    Args:
+        weights: name of shipped weights, path of a weights file, or a loaded rule.
+        lr: multiplier of the learned rates, 1 for the rates as learned; whatever sets `lr` in the param groups from
+            outside sets this multiplier. In an optimizer whose param groups differ in learning rate the one with the
+            largest gets `lr` and the others keep their ratio to it.
+        weight_decay: decoupled weight decay, in units of the learned rate; None leaves to each param group its own.
+        schedulers: what becomes of the module's learning-rate schedulers. `"drop"`: the learning rate stays where it
+            is (the scheduler objects make room for one that does nothing). `"keep"`: they scale the learned rates; a
+            schedule written for a base rate of 3e-4 that stands at 1e-4 makes it a third. `"refuse"`: an error.
+        kernel: what computes the step; see `HRNN`.
+        initial_rate: first learned rate; see `HRNN`.
+
+    Raises:
+        ValueError: an argument out of range.
+        MisconfigurationException: at the start of a fit, if the strategy, an optimizer or a scheduler of the module
+            cannot be served; the message says why and what to do.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[HRNNOptimizerCallback()], barebones=True)
+    """
+
+    def __init__(
+        self,
+        weights: str | Path | HierarchicalRNN = DEFAULT_WEIGHTS,
+        lr: float = 1.0,
+        weight_decay: float | None = None,
+        schedulers: SchedulerPolicy = "drop",
+        kernel: str = "auto",
+        initial_rate: float | None = None,
+    ) -> None:
+        self.options = HRNNOptions(weights, lr, weight_decay, schedulers, kernel, initial_rate)
+        self._suspicious_below: list[list[float]] = []  # by optimizer and param group
+
+    # -- injection
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap `configure_optimizers` when a fit begins."""
+        if stage != TrainerFn.FITTING:
+            return
+        _check_trainer(trainer)
+        wrap_for_fit(pl_module, self.options)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its own `configure_optimizers` back."""
+        self._leave(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was, for `teardown` does not follow an exception."""
+        self._leave(trainer, pl_module)
+        if isinstance(exception, MisconfigurationException) and not is_overridden("configure_optimizers", pl_module):
+            exception.args = (
+                f"{exception} HRNNOptimizerCallback converts what `configure_optimizers` returns, and Lightning asks "
+                f"for one before any callback can act. Train all parameters of {type(pl_module).__name__} by "
+                "`trainer.fit(lightning_hrnn.configure_hrnn(module))`, or give it\n"
+                "    def configure_optimizers(self):\n        return lightning_hrnn.hrnn_optimizers(self)",
+            )
+
+    # -- attention: at the true weights by default, away from them from the start of a batch to its gradient
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Move the parameters to the point where the gradient is to be taken."""
+        for optimizer in _hrnns(trainer):
+            optimizer.begin_attention()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the true weights; by hand there may be more to differentiate, and the step will see to it."""
+        if pl_module.automatic_optimization:
+            _end_attention(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Return to the true weights, even if a gradient scaler skips the step."""
+        if isinstance(optimizer, HRNN):
+            optimizer.end_attention()
+        self._warn_of_step_lengths(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Return to the true weights, whatever the batch did."""
+        _end_attention(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the true weights, should a hook have cut the epoch short."""
+        _end_attention(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the true weights."""
+        _end_attention(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the true weights."""
+        _end_attention(trainer)
+
+    def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _end_attention(trainer)
+        unwrap_after_fit(pl_module)
+
+    # -- checkpoints
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leave a trace by which Lightning asks for this callback if the checkpoint is resumed without it.
+
+        Not a `state_dict`: Lightning would then refuse a second instance before `setup` can say why.
+        """
+        if names := [optimizer.weights_name for optimizer in _hrnns(trainer)]:
+            checkpoint.setdefault("callbacks", {})[self.state_key] = {"weights": names}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume what another optimizer began, before anything is restored from it."""
+        if trainer.state.fn == TrainerFn.FITTING and any(
+            state and NOTE not in state for state in checkpoint.get("optimizer_states", [])
+        ):
+            raise MisconfigurationException(
+                "The checkpoint holds the state of another optimizer than HRNN, which cannot go on from it. Resume "
+                "without HRNNOptimizerCallback; or start HRNN from its weights alone, by "
+                f"`{type(pl_module).__name__}.load_from_checkpoint(path)` and `trainer.fit(module)` without ckpt_path."
+            )
+
+    # -- learning rates written by others
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the multipliers, to notice who takes them for step lengths."""
+        scheduled = self.options.schedulers == "keep"
+        self._suspicious_below = [
+            [0.0 if scheduled else group["lr"] * SUSPICIOUS_LR for group in optimizer.param_groups]
+            for optimizer in _hrnns(trainer)
+        ]
+
+    def _warn_of_step_lengths(self, trainer: Trainer) -> None:
+        """Warn once if something has written a learning rate that looks like a step length."""
+        for optimizer, limits in zip(_hrnns(trainer), self._suspicious_below, strict=False):
+            for index, (group, limit) in enumerate(zip(optimizer.param_groups, limits, strict=False)):
+                if 0 < group["lr"] < limit:
+                    self._suspicious_below = []
+                    rank_zero_warn(
+                        f"Something set the lr of param group {index} to {group['lr']:g}. For HRNN it is a multiplier "
+                        f"of the learned rates (at the start {limit / SUSPICIOUS_LR:g}), not a step length: it will "
+                        "barely train. Look for a warm-up in `optimizer_step`, or for the learning rates given to a "
+                        "callback such as StochasticWeightAveraging, LearningRateFinder or BackboneFinetuning."
+                    )
+                    return
+
+
+def configure_hrnn(
+    module: LightningModule,
+    weights: str | Path | HierarchicalRNN = DEFAULT_WEIGHTS,
+    lr: float = 1.0,
+    weight_decay: float | None = None,
+    schedulers: SchedulerPolicy = "drop",
+    kernel: str = "auto",
+    initial_rate: float | None = None,
+) -> LightningModule:
+    """Make `HRNN` the optimizer of a module for good, also one that has no `configure_optimizers`.
+
+    A module without `configure_optimizers` is trained in all its trainable parameters, without weight decay unless
+    asked for; any other has its optimizers converted as by `HRNNOptimizerCallback`, which the module brings along to
+    every Trainer that has none.
+
+    Args:
+        module: changed in place; gains neither parameters nor submodules.
+        weights: see `HRNNOptimizerCallback`, as for the other arguments.
+        lr: multiplier of the learned rates.
+        weight_decay: decoupled weight decay, in units of the learned rate.
+        schedulers: what becomes of the module's learning-rate schedulers.
+        kernel: what computes the step.
+        initial_rate: first learned rate.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: not a LightningModule.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> type(configure_hrnn(BoringModel()).configure_optimizers()[0][0]).__name__
+        'HRNN'
+    """
+    target = getattr(module, "_orig_mod", module)  # of torch.compile
+    if not isinstance(target, LightningModule):
+        raise TypeError(
+            f"configure_hrnn takes a LightningModule, not {type(module).__name__}. In a plain loop write "
+            "`optimizer = HRNN(module.parameters())`."
+        )
+    options = HRNNOptions(weights, lr, weight_decay, schedulers, kernel, initial_rate)
+    wrap_for_good(target, options)
+    current = vars(target).get("configure_callbacks")
+    if isinstance(current, partial) and current.func is _bring_callback:
+        current = current.args[1]
+    target.configure_callbacks = partial(  # type: ignore[method-assign]
+        _bring_callback, target, current, options
+    )
+    return module
+
+
+def _bring_callback(module: LightningModule, own: Any, options: HRNNOptions) -> list[Callback]:
+    """Stand in for `module.configure_callbacks`; `own` is what the instance had in its place, if anything."""
+    returned = own() if own else type(module).configure_callbacks(module)
+    callbacks = list(returned) if isinstance(returned, Sequence) else [returned]
+    if any(isinstance(callback, HRNNOptimizerCallback) for callback in [*callbacks, *_callbacks(module.trainer)]):
+        return callbacks
+    arguments = {field.name: getattr(options, field.name) for field in fields(options)}
+    return [*callbacks, HRNNOptimizerCallback(**arguments)]
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    count = sum(isinstance(callback, HRNNOptimizerCallback) for callback in _callbacks(trainer))
+    if count > 1:
+        raise MisconfigurationException(
+            f"The Trainer has {count} HRNNOptimizerCallbacks, and each would replace all optimizers. Leave one."
+        )
+    for strategy, reason in REFUSED_STRATEGIES.items():
+        if isinstance(trainer.strategy, strategy):
+            raise MisconfigurationException(
+                f"HRNN cannot train under {type(trainer.strategy).__name__}: {reason}. Use "
+                "Trainer(strategy='ddp'), or ModelParallelStrategy (FSDP2) to shard parameters."
+            )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _hrnns(trainer: Trainer) -> list[HRNN]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, HRNN)]
+
+
+def _end_attention(trainer: Trainer) -> None:
+    for optimizer in _hrnns(trainer):
+        optimizer.end_attention()
