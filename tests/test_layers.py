@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "schedulers": set(),
     "configure": {"version", "optimizer", "schedulers"},
     "callbacks": {"version", "optimizer", "schedulers", "configure"},
-    "datamodule": {"version", "tasks", "meta"},
+    "datamodule": {"version", "tasks", "meta", "evaluation"},
     "module": {"version", "optimizer", "tasks", "meta", "evaluation", "datamodule"},
     "__init__": {"version", "optimizer", "configure", "callbacks", "module", "datamodule"},
 }
