@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "tasks": {"version"},
     "vision": {"version"},
     "meta": {"version", "optimizer", "tasks"},
-    "evaluation": {"version", "optimizer", "tasks", "meta.unroll"},
+    "evaluation": {"version", "optimizer", "tasks", "meta.unroll", "meta.population"},  # the unroll and what it takes
     "schedulers": set(),
     "configure": {"version", "optimizer", "schedulers"},
     "callbacks": {"version", "optimizer", "schedulers", "configure"},
