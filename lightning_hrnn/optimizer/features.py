@@ -105,6 +105,7 @@ def update_moments(
     moments: Moments,
     input_decay: Tensor,  # [P]
     scale_decay: Tensor,  # [P]
+    remembers: Tensor,  # [P] 0 at a tensor's first step, where all decays are 0, else 1
 ) -> Moments:
     r"""Average the gradient over `S` timescales, and the square of each average over one.
 
@@ -116,7 +117,8 @@ def update_moments(
     """
     grad = grad.clamp(-GRAD_LIMIT, GRAD_LIMIT)
     exponents = 0.5 ** torch.arange(len(moments.average), device=grad.device, dtype=grad.dtype)
-    decays = input_decay ** exponents[:, None]  # [S, P]
+    decays = remembers * input_decay ** exponents[:, None]  # [S, P]
+    scale_decay = remembers * scale_decay
     average = decays * moments.average + (1 - decays) * grad
     square = scale_decay * moments.square + (1 - scale_decay) * (average.square() + SQUARE_FLOOR)
     return Moments(average, square)

@@ -444,8 +444,8 @@ class HierarchicalRNN(nn.Module):
         The arguments after `square` may also be `[..., 1]`, where all parameters are of one tensor.
         """
         decay_logits = self.decay_weight @ hidden + self.decay_bias[:, None]
-        input_decay, scale_decay = decay_logits.clamp(max=MAX_DECAY_LOGIT).sigmoid() * remembers
-        moments = update_moments(grad, Moments(average, square), input_decay, scale_decay)
+        input_decay, scale_decay = decay_logits.clamp(max=MAX_DECAY_LOGIT).sigmoid()
+        moments = update_moments(grad, Moments(average, square), input_decay, scale_decay, remembers)
         scaled = scaled_gradient(moments)
         inputs = Inputs(scaled, moments.square, relative_rate.expand_as(grad))
         x = param_inputs(self.config.features, inputs)

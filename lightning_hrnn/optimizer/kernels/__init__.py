@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 
 
 class TensorWork(NamedTuple):
@@ -76,3 +76,21 @@ def choose_kernel(name: str, rule: HierarchicalRNN, device_type: str) -> StepKer
     if name not in ("auto", "eager"):
         raise ValueError(f"Unknown kernel {name!r}: choose from ['auto', 'eager'].")
     return EagerKernel()
+
+
+def choose_engine(name: str, rule: HierarchicalRNN) -> ParamLevelEngine | None:
+    """Return the named differentiable param level for meta-training; `None` stands for the rule's own.
+
+    Raises:
+        ValueError: no engine has that name, or it cannot run here.
+    """
+    if name not in ("auto", "eager", "cpp"):
+        raise ValueError(f"Unknown engine {name!r}: choose from ['auto', 'eager', 'cpp'].")
+    if name == "eager":
+        return None
+    from lightning_hrnn.optimizer.kernels import cpp
+
+    reason = cpp.why_unavailable() or cpp.why_unsupported(rule)
+    if reason and name == "cpp":
+        raise ValueError(f"The engine 'cpp' cannot run here: {reason} Choose 'eager', or 'auto'.")
+    return None if reason else cpp.param_level

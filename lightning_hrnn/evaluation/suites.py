@@ -1,0 +1,106 @@
+"""Validation during meta-training: small unseen networks, far past the training horizon, beside tuned Adam."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_hrnn.evaluation.baselines import Adam, train
+from lightning_hrnn.evaluation.nets import VALIDATION_NETS
+from lightning_hrnn.meta.population import Population, TaskBatch
+from lightning_hrnn.meta.unroll import begin, unroll
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
+
+INSTANCES = 2
+SEED = 20170717
+LR_GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, -2))  # 1e-4 to 3e-2, half a decade apart
+
+
+class Outcome(NamedTuple):
+    """Hold how a validation run went."""
+
+    regret: Tensor  # [] mean over instances and scored steps of log loss less that of tuned Adam; 0 is as good
+    diverged: Tensor  # [] share of instances that ended above where they began
+    losses: Tensor  # [N, B] of the rule
+    baseline: Tensor  # [N, B] of Adam at its best rate
+
+
+def validation_suite(names: Sequence[str] | None = None) -> list[str]:
+    """Return the names of validation tasks, all by default.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    chosen = list(VALIDATION_NETS) if names is None else list(names)
+    unknown = [name for name in chosen if name not in VALIDATION_NETS]
+    if unknown:
+        raise ValueError(f"Unknown validation tasks {unknown}: choose from {sorted(VALIDATION_NETS)}.")
+    return chosen
+
+
+@dataclass(frozen=True)
+class ValidationRun:
+    """Describe one validation run.
+
+    Args:
+        name: of the network.
+        steps: inner steps.
+    """
+
+    name: str
+    steps: int
+
+    def scored(self) -> set[int]:
+        """Return the steps at which losses are compared: eight, evenly apart on a log scale from a 16th of the run."""
+        return {round(self.steps * 2 ** (-4 * k / 7)) - 1 for k in range(8)}
+
+    @torch.no_grad()
+    def run(
+        self,
+        rule: HierarchicalRNN,
+        initial_rate: float,
+        engine: ParamLevelEngine | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Outcome:
+        """Train the network with the rule and compare."""
+        population = Population([TaskBatch.draw(VALIDATION_NETS[self.name](), INSTANCES, SEED, device)])
+        initial = population.losses(population.initial_params())
+        start = begin(rule, population, math.log(initial_rate))
+        losses = unroll(rule, population, start, self.steps, self.scored(), engine).losses
+        baseline = _tuned_adam(self.name, self.steps, str(device))
+        worst = initial * 10  # a loss that is not finite counts as this
+        safe = torch.where(losses.isfinite(), losses, worst).minimum(worst)
+        return Outcome(
+            regret=(safe.log() - baseline.log()).mean(),
+            diverged=(safe[-1] > initial).float().mean(),
+            losses=losses,
+            baseline=baseline,
+        )
+
+
+@lru_cache(maxsize=32)
+def _tuned_adam(name: str, steps: int, device: str) -> Tensor:
+    """Return the losses of Adam at the constant rate that is best on average over the scored steps. [N, B]"""
+    tasks = TaskBatch.draw(VALIDATION_NETS[name](), INSTANCES, SEED, device)
+    rates = torch.tensor(LR_GRID, device=device).repeat_interleave(INSTANCES)
+    copies = [len(LR_GRID)]
+    population = Population(
+        [
+            TaskBatch(
+                tasks.family,
+                [value.repeat(*copies, *[1] * (value.dim() - 1)) for value in tasks.params],
+                {key: value.repeat(*copies, *[1] * (value.dim() - 1)) for key, value in tasks.data.items()},
+                tasks.generator,
+            )
+        ]
+    )
+    losses = train(Adam(), population, rates, steps, ValidationRun(name, steps).scored())
+    by_rate = losses.view(len(losses), len(LR_GRID), INSTANCES)
+    best = by_rate.nan_to_num(math.inf).log().mean((0, 2)).argmin()
+    return by_rate[:, best]

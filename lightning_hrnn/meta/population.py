@@ -1,0 +1,156 @@
+"""Tasks side by side: task batches of any families laid end to end in one flat vector of parameters.
+
+The update rule does not care where one model ends and the next begins (`Layout` does), so one call of it serves every
+task in flight. Only losses are computed family by family.
+
+Legend: `B` instances of one family, `P` parameters, `T` tensors and `M` models (instances) of all batches together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_hrnn.optimizer.features import Layout
+from lightning_hrnn.optimizer.hierarchical_rnn import RuleState
+from lightning_hrnn.tasks.base import Data, Params, TaskFamily
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """Hold some instances of one family.
+
+    Args:
+        family: what the instances are drawn from.
+        params: their initial parameters, each `[B, *shape]`.
+        data: what defines them.
+        generator: source of minibatches and noise.
+    """
+
+    family: TaskFamily
+    params: Params
+    data: Data
+    generator: torch.Generator
+
+    @classmethod
+    def draw(cls, family: TaskFamily, count: int, seed: int, device: torch.device | str = "cpu") -> TaskBatch:
+        """Draw `count` instances; the same arguments give the same instances and the same noise."""
+        generator = torch.Generator(device).manual_seed(seed)
+        params, data = family.init(count, generator)
+        return cls(family, [value.contiguous() for value in params], data, generator)
+
+    @property
+    def count(self) -> int:
+        """Number of instances, `B`."""
+        return len(self.params[0])
+
+    @property
+    def size(self) -> int:
+        """Number of parameters of all instances together."""
+        return sum(value.numel() for value in self.params)
+
+
+class Progress(NamedTuple):
+    """Hold how far the inner training of some tasks has come."""
+
+    theta: Tensor  # [P]
+    state: RuleState
+    lookahead: Tensor | None  # [P] with attention: the next gradient is taken at theta - lookahead
+
+    def detach(self) -> Progress:
+        """Cut it from the graph that made it."""
+        lookahead = None if self.lookahead is None else self.lookahead.detach()
+        return Progress(self.theta.detach(), self.state.detach(), lookahead)
+
+
+class Population:
+    """Lay task batches end to end.
+
+    Args:
+        batches: at least one, all on one device and of one dtype.
+    """
+
+    def __init__(self, batches: Sequence[TaskBatch]) -> None:
+        self.batches = list(batches)
+        self._shapes = [[value.shape for value in batch.params] for batch in batches]
+        self._blocks = [value.numel() for batch in batches for value in batch.params]
+        sizes, model_of, first = [], [], 0
+        for batch in batches:
+            for value in batch.params:
+                sizes += [value[0].numel()] * batch.count
+                model_of += range(first, first + batch.count)
+            first += batch.count
+        like = batches[0].params[0]
+        self.layout = Layout.of(sizes, model_of, device=like.device, dtype=like.dtype)
+        self._tensors = [len(batch.params) * batch.count for batch in batches]
+        self._models = [batch.count for batch in batches]
+
+    def initial_params(self) -> Tensor:
+        """Return the initial parameters of all tasks. [P]"""
+        return torch.cat([value.reshape(-1) for batch in self.batches for value in batch.params])
+
+    def views(self, theta: Tensor) -> list[Params]:
+        """Give each batch its parameters back, in their shapes."""
+        blocks = iter(theta.split(self._blocks))
+        return [[next(blocks).view(shape) for shape in shapes] for shapes in self._shapes]
+
+    def losses(self, theta: Tensor) -> Tensor:
+        """Return the full loss of every task. [M]"""
+        return torch.cat(
+            [batch.family.loss(params, batch.data) for batch, params in zip(self.batches, self.views(theta), strict=True)]
+        )
+
+    def gradient(self, theta: Tensor, second_order: bool = False) -> Tensor:
+        """Return the gradient of every task's stochastic loss at `theta`. [P]
+
+        Entries that are not finite become zero: an instance that diverged must not stop the others.
+
+        Args:
+            theta: parameters. [P]
+            second_order: keep the graph from `theta` to the gradient.
+        """
+        point = theta if second_order else theta.detach().requires_grad_()
+        with torch.enable_grad():
+            total = torch.stack(
+                [
+                    batch.family.loss(params, batch.data, batch.generator).sum()
+                    for batch, params in zip(self.batches, self.views(point), strict=True)
+                ]
+            ).sum()
+            (grad,) = torch.autograd.grad(total, point, create_graph=second_order)
+        return grad.nan_to_num(0.0, 0.0, 0.0)
+
+    def param_rms(self, theta: Tensor) -> Tensor:
+        """Return the root mean square of each parameter tensor, as a constant. [T]"""
+        return self.layout.mean_per_tensor(theta.detach().square()).sqrt()
+
+    def split(self, progress: Progress) -> list[Progress]:
+        """Divide the progress of all tasks into that of each batch."""
+        params = [batch.size for batch in self.batches]
+        rates = self._tensors if progress.state.log_rate.shape == progress.state.age.shape else params
+        along = (params, params, params, rates, self._tensors, self._models, self._tensors)
+        states = zip(*(value.split(n, -1) for value, n in zip(progress.state, along, strict=True)), strict=True)
+        lookaheads = [None] * len(params) if progress.lookahead is None else progress.lookahead.split(params)
+        thetas = progress.theta.split(params)
+        return [
+            Progress(theta, RuleState(*state), lookahead)
+            for theta, state, lookahead in zip(thetas, states, lookaheads, strict=True)
+        ]
+
+    def by_batch(self, values: Tensor) -> list[Tensor]:
+        """Divide a value of each task among the batches: `[..., M]` to `[..., B]` each."""
+        return list(values.split(self._models, -1))
+
+
+def join(parts: Sequence[Progress]) -> Progress:
+    """Undo `Population.split`."""
+    lookaheads = [part.lookahead for part in parts if part.lookahead is not None]
+    return Progress(
+        theta=torch.cat([part.theta for part in parts]),
+        state=RuleState(*(torch.cat(values, -1) for values in zip(*(part.state for part in parts), strict=True))),
+        lookahead=torch.cat(lookaheads) if lookaheads else None,
+    )

@@ -1,0 +1,215 @@
+"""Truncated unrolls: a pool of tasks of different ages, each advanced by one window at a time.
+
+A meta-gradient through thousands of inner steps is out of reach, so inner training is cut into truncation windows:
+the state is carried from window to window, the gradient is not. Every window mixes tasks at the start of their
+training with others far on. How long a task lives is drawn from a heavy-tailed distribution whose longest lives grow
+as meta-training goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hrnn.meta.population import Population, Progress, TaskBatch, join
+from lightning_hrnn.meta.unroll import begin
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleState
+from lightning_hrnn.tasks.base import TaskFamily
+from lightning_hrnn.tasks.corpus import Corpus
+
+
+class TaskStream:
+    """Draw fresh tasks without end; the `i`-th draw depends on corpus, seed and `i` alone.
+
+    Args:
+        corpus: mixture of task families, or one family.
+        count: instances in a batch.
+        seed: of all draws.
+        shard: index of this stream among `shards`, which share no task.
+        shards: number of streams.
+    """
+
+    def __init__(self, corpus: Corpus | TaskFamily, count: int, seed: int, shard: int = 0, shards: int = 1) -> None:
+        self.corpus, self.count, self.seed = corpus, count, seed
+        self.shard, self.shards = shard, shards
+        self.drawn = 0
+
+    def next_seed(self) -> int:
+        """Return the seed of the next draw."""
+        index = self.drawn * self.shards + self.shard
+        self.drawn += 1
+        return random.Random(f"{self.seed}/{index}").getrandbits(62)
+
+    def draw(self, seed: int, device: torch.device | str = "cpu") -> TaskBatch:
+        """Draw the task batch that belongs to a seed."""
+        if isinstance(self.corpus, Corpus):
+            family = self.corpus.sample(random.Random(seed))
+        else:
+            family = self.corpus
+        return TaskBatch.draw(family, self.count, seed, device)
+
+
+@dataclass(frozen=True)
+class Lives:
+    """Distribution of how many inner steps a task lives: log-uniform, its upper end growing with meta-training.
+
+    Args:
+        shortest: steps.
+        longest: steps, once grown.
+        first_longest: longest at the start of meta-training.
+        growth_steps: meta-steps until `longest` is reached, geometrically.
+
+    Raises:
+        ValueError: the numbers are not in order.
+    """
+
+    shortest: int = 50
+    longest: int = 5000
+    first_longest: int = 500
+    growth_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shortest <= self.first_longest <= self.longest or self.growth_steps < 1:
+            raise ValueError(f"Lives need 0 < shortest <= first_longest <= longest and growth_steps >= 1: {self}.")
+
+    def upper(self, meta_step: int) -> float:
+        """Return the longest life drawn at a meta-step."""
+        grown = min(1.0, meta_step / self.growth_steps)
+        return self.first_longest * (self.longest / self.first_longest) ** grown
+
+    def draw(self, rng: random.Random, meta_step: int) -> int:
+        """Draw a life."""
+        return round(math.exp(rng.uniform(math.log(self.shortest), math.log(self.upper(meta_step)))))
+
+
+@dataclass
+class Place:
+    """Hold one task batch of the pool."""
+
+    seed: int
+    tasks: TaskBatch
+    progress: Progress
+    initial_loss: Tensor  # [B]
+    age: int
+    life: int
+
+
+class TaskPool:
+    """Keep task batches at different ages.
+
+    Args:
+        places: number of task batches in flight.
+        lives: how long they live.
+        rates: range of first learned rates, log-uniform over the instances of a batch; their tensors differ by up
+            to a factor of 2.
+    """
+
+    def __init__(self, places: int, lives: Lives, rates: tuple[float, float]) -> None:
+        if places < 1:
+            raise ValueError(f"A pool needs at least one place, not {places}.")
+        if not 0 < rates[0] <= rates[1]:
+            raise ValueError(f"First rates need 0 < low <= high, not {rates}.")
+        self.count, self.lives, self.rates = places, lives, rates
+        self.places: list[Place] = []
+
+    def refill(self, stream: TaskStream, rule: HierarchicalRNN, meta_step: int, device: torch.device | str) -> None:
+        """Replace tasks whose life is over or whose parameters are no longer finite; fill free places."""
+        self.places = [place for place in self.places if place.age < place.life and _is_finite(place)]
+        while len(self.places) < self.count:
+            seed = stream.next_seed()
+            self.places.append(self._start(seed, stream.draw(seed, device), rule, meta_step))
+
+    def _start(self, seed: int, tasks: TaskBatch, rule: HierarchicalRNN, meta_step: int) -> Place:
+        population = Population([tasks])
+        with torch.no_grad():
+            initial_loss = population.losses(population.initial_params())
+            progress = begin(rule, population, self._first_log_rates(population, tasks)).detach()
+        life = self.lives.draw(random.Random(seed), meta_step)
+        return Place(seed, tasks, progress, initial_loss, age=0, life=life)
+
+    def _first_log_rates(self, population: Population, tasks: TaskBatch) -> Tensor:  # [T]
+        device, dtype = tasks.generator.device, tasks.params[0].dtype
+        low, high = (math.log(rate) for rate in self.rates)
+        of_task = torch.rand(tasks.count, generator=tasks.generator, device=device, dtype=dtype) * (high - low) + low
+        tensors = len(population.layout.params_in)
+        jitter = torch.rand(tensors, generator=tasks.generator, device=device, dtype=dtype) * 2 - 1
+        return population.layout.to_tensors(of_task) + math.log(2) * jitter
+
+    def population(self) -> Population:
+        """Lay the tasks of all places end to end."""
+        return Population([place.tasks for place in self.places])
+
+    def start(self, rule: HierarchicalRNN) -> Progress:
+        """Return the progress of all places, end to end.
+
+        Tasks at their first step begin from the rule's initial states, which then receive meta-gradients.
+        """
+        parts = []
+        for place in self.places:
+            if place.age == 0:
+                state = rule.init(Population([place.tasks]).layout, 0.0)
+                state = state._replace(log_rate=place.progress.state.log_rate)
+                place.progress = place.progress._replace(state=state)
+            parts.append(place.progress)
+        return join(parts)
+
+    def initial_losses(self) -> Tensor:
+        """Return the loss of every task at the start of its run. [M]"""
+        return torch.cat([place.initial_loss for place in self.places])
+
+    def advance(self, population: Population, progress: Progress, steps: int) -> None:
+        """Take over the progress after a window."""
+        for place, part in zip(self.places, population.split(progress.detach()), strict=True):
+            place.progress, place.age = part, place.age + steps
+
+    # A pool is stored as plain values and tensors: tasks are drawn again from their seeds.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the pool as plain values and tensors."""
+        return {"places": [_stored(place) for place in self.places]}
+
+    def load_state_dict(self, state: dict[str, Any], stream: TaskStream, device: torch.device | str) -> None:
+        """Restore a pool, drawing its tasks again from `stream`."""
+        self.places = [_restored(stored, stream, device) for stored in state["places"]]
+
+    def __iter__(self) -> Iterator[Place]:
+        """Iterate over the places."""
+        return iter(self.places)
+
+
+def _is_finite(place: Place) -> bool:
+    return bool(place.progress.theta.isfinite().all())
+
+
+def _stored(place: Place) -> dict[str, Any]:
+    progress = place.progress.detach()
+    return {
+        "seed": place.seed,
+        "age": place.age,
+        "life": place.life,
+        "theta": progress.theta.clone(),
+        "lookahead": None if progress.lookahead is None else progress.lookahead.clone(),
+        "state": [value.clone() for value in progress.state],
+        "initial_loss": place.initial_loss,
+        "generator": place.tasks.generator.get_state(),
+    }
+
+
+def _restored(stored: dict[str, Any], stream: TaskStream, device: torch.device | str) -> Place:
+    tasks = stream.draw(stored["seed"], device)
+    tasks.generator.set_state(stored["generator"].cpu())
+    lookahead = stored["lookahead"]
+    progress = Progress(
+        stored["theta"].to(device),
+        RuleState(*(value.to(device) for value in stored["state"])),
+        None if lookahead is None else lookahead.to(device),
+    )
+    return Place(
+        stored["seed"], tasks, progress, stored["initial_loss"].to(device), age=stored["age"], life=stored["life"]
+    )

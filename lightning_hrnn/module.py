@@ -1,0 +1,221 @@
+"""`MetaLearner`: the meta-training of the update rule as a LightningModule.
+
+One batch is one truncation window of the whole task pool, and automatic optimization does the rest, so clipping,
+accumulation, schedulers, loggers, checkpoints and every strategy of Lightning work on meta-training as on any other.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lightning_hrnn.meta.loss import LogRatio
+from lightning_hrnn.meta.memory import keep_freed_memory
+from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
+from lightning_hrnn.meta.unroll import unroll
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine, RuleConfig
+from lightning_hrnn.optimizer.kernels import choose_engine
+from lightning_hrnn.optimizer.pretrained import load_pretrained, save_pretrained
+from lightning_hrnn.version import __version__
+
+
+class MetaLearner(LightningModule):
+    """Meta-train the update rule by truncated backprop.
+
+    Args:
+        preset: configuration of a new rule, see `RuleConfig.preset`.
+        rule_changes: fields of `RuleConfig` that differ from the preset's.
+        weights: start from these instead of a new rule: a shipped name or a path.
+        places: task batches in flight.
+        window: inner steps in a truncation window.
+        scored_steps: how many of a window's steps the meta-loss scores, drawn at random, the last always.
+        lives: how long tasks live.
+        rates: range of first learned rates that tasks start from.
+        initial_rate: first learned rate in validation, and of the exported weights.
+        loss: the meta-loss.
+        second_order: differentiate through the tasks' gradients.
+        learning_rate: of the meta-optimizer, Adam.
+        warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
+        averaging: decay of the weight average that is validated and exported.
+        engine: `"auto"`, `"eager"`, or `"cpp"`: how the param level is computed.
+
+    Example::
+
+        Trainer(max_steps=1000, gradient_clip_val=0.1).fit(MetaLearner(), TaskDataModule("quick"))
+    """
+
+    def __init__(
+        self,
+        preset: str = "default",
+        rule_changes: dict[str, Any] | None = None,
+        weights: str | None = None,
+        places: int = 12,
+        window: int = 50,
+        scored_steps: int = 5,
+        lives: Lives | None = None,
+        rates: tuple[float, float] = (1e-5, 1e-2),
+        initial_rate: float = 1e-3,
+        loss: LogRatio | None = None,
+        second_order: bool = False,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 50,
+        averaging: float = 0.98,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not 1 <= scored_steps <= window:
+            raise ValueError(f"scored_steps must be between 1 and window={window}, not {scored_steps}.")
+        if not 0 <= averaging < 1:
+            raise ValueError(f"averaging must be in [0, 1), not {averaging}.")
+        changes = rule_changes or {}
+        self.rule = load_pretrained(weights).train() if weights else HierarchicalRNN(RuleConfig.preset(preset, **changes))
+        self.average = AveragedModel(self.rule, multi_avg_fn=get_ema_multi_avg_fn(averaging)).requires_grad_(False)
+        self.started_from = weights
+        self.window, self.scored_steps, self.second_order = window, scored_steps, second_order
+        self.meta_loss = loss or LogRatio()
+        self.pool = TaskPool(places, lives or Lives(), rates)
+        self.initial_rate = initial_rate
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+        self.engine: ParamLevelEngine | None = choose_engine(engine, self.rule)
+        self.skipped_meta_steps = 0
+        self._stored_pool: dict[str, Any] | None = None
+        self._validation: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------ a meta-step
+
+    def on_fit_start(self) -> None:
+        """Prepare the allocator for unrolls."""
+        keep_freed_memory()
+
+    def training_step(self, batch: TaskStream, batch_idx: int) -> STEP_OUTPUT:
+        """Advance every task of the pool by one window and return the meta-loss of the window."""
+        self._restore_pool(batch)
+        self.pool.refill(batch, self.rule, self.global_step, self.device)
+        population, start = self.pool.population(), self.pool.start(self.rule)
+        result = unroll(
+            self.rule, population, start, self.window, self._draw_scored(), self.engine, self.second_order
+        )
+        scores = self.meta_loss(result.losses, self.pool.initial_losses())  # [N, M]
+        self._log_window(population.by_batch(scores.detach()))
+        self.pool.advance(population, result.progress, self.window)
+        return scores.mean()
+
+    def _draw_scored(self) -> set[int]:
+        """Choose the steps of a window that are scored: others each time, the same on every rank."""
+        rng = random.Random(self.global_step)
+        return {self.window - 1, *rng.sample(range(self.window - 1), self.scored_steps - 1)}
+
+    def _log_window(self, scores: list[Tensor]) -> None:
+        by_family = defaultdict(list)
+        for place, values in zip(self.pool, scores, strict=True):
+            by_family[place.tasks.family.name].append(values.mean())
+        every = torch.cat(scores, -1)
+        self.log("meta_loss", every.mean(), prog_bar=True, sync_dist=True)
+        self.log("diverged", self.meta_loss.diverged(every[-1]).float().mean(), prog_bar=True, sync_dist=True)
+        self.log("skipped", float(self.skipped_meta_steps))
+        shown = len(by_family) <= 6
+        for family, values in sorted(by_family.items()):
+            self.log(f"meta_loss/{family}", torch.stack(values).mean(), prog_bar=shown, rank_zero_only=True)
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Drop a meta-gradient that is not finite, count it, and clip the others as the Trainer says."""
+        grads = [value.grad for value in self.rule.parameters() if value.grad is not None]
+        if all(bool(grad.isfinite().all()) for grad in grads):
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+            return
+        self.skipped_meta_steps += 1
+        optimizer.zero_grad(set_to_none=True)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Move the weight average."""
+        self.average.update_parameters(self.rule)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return Adam with warm-up and cosine over the meta-parameters."""
+        optimizer = torch.optim.Adam(self.rule.parameters(), lr=self.learning_rate, betas=(0.9, 0.99))
+        total = max(1, int(self.trainer.estimated_stepping_batches)) if self._length_is_known() else None
+        warmup = self.warmup_steps
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            if total is None:
+                return 1.0
+            done = min(1.0, (step - warmup) / max(1, total - warmup))
+            return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _length_is_known(self) -> bool:
+        return self.trainer.max_steps > 0 or (self.trainer.max_epochs or -1) > 0
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave the stream alone: it draws tasks on the right device by itself."""
+        return batch
+
+    # ------------------------------------------------------------------ validation
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Train one unseen network with the averaged rule, far past the training horizon, beside tuned Adam."""
+        with torch.inference_mode(False), torch.no_grad():
+            outcome = batch.run(self.average.module, self.initial_rate, self.engine, self.device)
+        self._validation[batch.name] = outcome.regret
+        self.log(f"val/{batch.name}", outcome.regret, sync_dist=True, batch_size=1)
+        self.log("val/diverged", outcome.diverged, sync_dist=True, batch_size=1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the score that chooses the best checkpoint."""
+        score = torch.stack(list(self._validation.values())).mean()
+        self.log("val/regret", score, prog_bar=True, sync_dist=True)
+
+    # ------------------------------------------------------------------ what is kept
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the tasks in flight."""
+        checkpoint["task_pool"] = self.pool.state_dict()
+        checkpoint["skipped_meta_steps"] = self.skipped_meta_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the tasks in flight, at the first window, when the stream that draws them is at hand."""
+        self._stored_pool = checkpoint.get("task_pool")
+        self.skipped_meta_steps = checkpoint.get("skipped_meta_steps", 0)
+
+    def _restore_pool(self, stream: TaskStream) -> None:
+        if self._stored_pool is not None and self.global_rank == 0:  # other ranks' tasks are not in the checkpoint
+            self.pool.load_state_dict(self._stored_pool, stream, self.device)
+        self._stored_pool = None
+
+    def export(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
+        """Write the averaged meta-parameters and their card.
+
+        Args:
+            path: of the `.safetensors` file.
+            card: what the caller knows of how they came about.
+        """
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return save_pretrained(
+            self.average.module,
+            path,
+            {
+                "package_version": __version__,
+                **(datamodule.description if datamodule is not None else {}),
+                "meta_steps": self.global_step,
+                "horizon": round(self.pool.lives.upper(self.global_step)),
+                "window": self.window,
+                "initial_rate": self.initial_rate,
+                "started_from": self.started_from,
+                "validation": {name: round(float(value), 4) for name, value in sorted(self._validation.items())},
+                **(card or {}),
+            },
+        )
