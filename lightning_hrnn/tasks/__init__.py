@@ -2,7 +2,8 @@
 
 from lightning_hrnn.tasks.base import Data, Params, TaskFamily
 from lightning_hrnn.tasks.conformance import TaskError, check_task
-from lightning_hrnn.tasks.corpus import CORPORA, FAMILIES, Corpus, get_corpus, get_family, register
+from lightning_hrnn.tasks.corpus import CORPORA, Corpus, get_corpus
+from lightning_hrnn.tasks.registry import FAMILIES, get_family, register
 
 __all__ = [
     "CORPORA",

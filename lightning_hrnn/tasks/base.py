@@ -61,7 +61,8 @@ class TaskFamily(ABC):
             params: current parameters, as `init` shaped them.
             data: the data of the same instances.
             generator: None asks for the full, deterministic loss, which the meta-loss scores. A generator asks for
-                the stochastic loss whose gradient the optimizer sees (a minibatch, a noisy or masked gradient).
+                the stochastic loss whose gradient the optimizer sees (a minibatch, a noisy or masked gradient);
+                on average that gradient is the full loss's.
         """
 
 

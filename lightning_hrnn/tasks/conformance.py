@@ -24,13 +24,13 @@ def check_task(family: TaskFamily, generator: torch.Generator, count: int = 3, d
 
     Checked: shapes, device and finiteness; one seed gives one task; instances differ and never mix; the loss is
     non-negative; its gradient agrees with finite differences (float64) and has a derivative of its own; the
-    stochastic gradient points along the full one on average.
+    stochastic gradient averages to the full one.
 
     Args:
         family: the family to check.
         generator: source of randomness; the checks run on its device.
         count: instances to make, at least 2.
-        draws: stochastic gradients to average.
+        draws: stochastic gradients to average; very sparse ones need some thousands.
 
     Raises:
         TaskError: the first check that fails.
@@ -124,8 +124,8 @@ def _gradient(family: TaskFamily, params: Params, data: Data, generator: torch.G
 
 
 def _check_derivatives(family: TaskFamily, params: Params, data: Data, generator: torch.Generator) -> None:
-    step = 1e-6
-    direction = [normal_like(p, generator) * p.abs().mean().clamp_min(1e-3) for p in params]
+    step = 1e-7  # relative to each entry, however badly scaled, so that few kinks of a ReLU lie in between
+    direction = [normal_like(p, generator) * (p.abs() + 1e-3 * p.abs().mean() + 1e-6) for p in params]
     plus, minus = ([p + s * d for p, d in zip(params, direction, strict=True)] for s in (step, -step))
     flat = torch.cat([d.flatten(1) for d in direction], 1)  # [B, P]
 
@@ -148,23 +148,24 @@ def _check_derivatives(family: TaskFamily, params: Params, data: Data, generator
 
 
 def _check_stochastic(family: TaskFamily, params: Params, data: Data, generator: torch.Generator, draws: int) -> None:
-    """Mean stochastic gradient = c * full gradient with c > 0 (masks shrink it), within the sampling error."""
-    full = _gradient(family, params, data)
+    """Check that stochastic gradients average to the full one, but for sampling error and 1 % (rounding)."""
+    full = _gradient(family, params, data)  # [B, P]
     samples = torch.stack([_gradient(family, params, data, generator) for _ in range(draws)])  # [draws, B, P]
     _demand(samples.isfinite().all(), family, "a stochastic gradient is not finite")
+
     along = (samples * full).sum(-1) / full.square().sum(-1).clamp_min(1e-300)  # [draws, B]
-    mean, error = along.mean(0), along.std(0) / draws**0.5
+    allowed = 5 * along.std(0) / draws**0.5 + 0.01
     _demand(
-        (mean > -4 * error).all(),
+        ((along.mean(0) - 1).abs() <= allowed).all(),
         family,
-        f"the stochastic gradient points against the full one (projection {mean.tolist()})",
+        f"the stochastic gradient is biased: along the full one it is {along.mean(0).tolist()} times as long",
     )
-    rest = samples.mean(0) - mean.unsqueeze(-1) * full  # [B, P]
-    sampling = samples.std(0).square().sum(-1).div(draws).sqrt()
+    bias = (samples.mean(0) - full).norm(dim=-1)  # [B]
+    sampling = samples.var(0).sum(-1).div(draws).sqrt()
     _demand(
-        (rest.norm(dim=-1) <= 4 * sampling + 1e-2 * mean.abs() * full.norm(dim=-1)).all(),
+        (bias <= 4 * sampling + 0.01 * full.norm(dim=-1)).all(),
         family,
-        "the stochastic gradient is biased: its mean does not point along the full gradient",
+        f"the stochastic gradient is biased by {bias.tolist()}, more than sampling explains",
     )
 
 

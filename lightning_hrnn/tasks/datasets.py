@@ -2,7 +2,7 @@
 
 A data set draws the examples of every instance and names the loss that a network's outputs are scored by.
 
-Shapes: B instances, N examples, F features, C classes or outputs.
+Shapes: B instances, N examples, n examples in a minibatch, F features, L tokens, C classes or outputs.
 """
 
 from __future__ import annotations
@@ -17,25 +17,88 @@ from torch.nn import functional
 from typing_extensions import override
 
 from lightning_hrnn.tasks.base import Data
-from lightning_hrnn.tasks.draws import integers, normal, rotation, uniform
+from lightning_hrnn.tasks.draws import integers, lookup, normal, rotation, uniform
 
 
-class Dataset(ABC):
-    """What a network task learns from.
+@dataclass(frozen=True)
+class Inputs(ABC):
+    """A distribution of inputs.
 
-    Attributes:
-        features: numbers per example, F.
-        outputs: outputs that the network must have, C.
+    Args:
+        features: numbers per example, F; for tokens, the size of the vocabulary.
         points: examples per instance, N.
     """
 
     features: int
-    points: int
+    points: int = 1000
+
+    @abstractmethod
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw inputs `[B, N, ...]`."""
+
+
+@dataclass(frozen=True)
+class GaussianInputs(Inputs):
+    """Gaussian inputs `[B, N, F]` of unit mean variance with spectrum `1 / k^decay`, about a random mean.
+
+    `decay` 0 gives white inputs; about 1 resembles natural images, whose first principal components carry most of the
+    variance and make the Hessian ill-conditioned, as a mean far from zero does.
+
+    Args:
+        features: F.
+        points: N.
+        decay: exponent of the spectrum.
+        offset: standard deviation, over features, of the mean.
+    """
+
+    decay: float = 0.0
+    offset: float = 0.0
+
+    @override
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        inputs = normal(generator, count, self.points, self.features)
+        if self.decay > 0:
+            rank = torch.arange(1, self.features + 1, device=inputs.device, dtype=inputs.dtype)
+            spectrum = rank.pow(-0.5 * self.decay)
+            spectrum = spectrum / spectrum.square().mean().sqrt()
+            inputs = torch.bmm(inputs * spectrum, rotation(generator, count, self.features))
+        return inputs + self.offset * normal(generator, count, 1, self.features)
+
+
+@dataclass(frozen=True)
+class TokenInputs(Inputs):
+    """Sequences of tokens `[B, N, L]`, token k of the vocabulary being drawn about `k^-skew` as often as the first.
+
+    Args:
+        features: size of the vocabulary, F.
+        points: N.
+        length: tokens per example, L.
+        skew: 0 draws all tokens alike; 1 is Zipf's law, which makes most rows of an embedding rare.
+    """
+
+    length: int = 1
+    skew: float = 0.0
+
+    @override
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        rank = torch.arange(1, self.features + 1, device=generator.device, dtype=torch.get_default_dtype())
+        odds = rank.pow(-self.skew).expand(count, -1)
+        tokens = torch.multinomial(odds, self.points * self.length, replacement=True, generator=generator)
+        return tokens.view(count, self.points, self.length)
+
+
+class Dataset(ABC):
+    """What a network task learns from."""
+
+    @property
+    @abstractmethod
+    def features(self) -> int:
+        """Numbers per example, F; for tokens, the size of the vocabulary."""
 
     @property
     @abstractmethod
     def outputs(self) -> int:
-        """Number of outputs that the network must have."""
+        """Number of outputs that the network must have, C."""
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> Data:
@@ -46,10 +109,24 @@ class Dataset(ABC):
         """Score outputs `[B, n, C]` against the targets of the same `n` examples; returns `[B]`."""
 
 
+@dataclass(frozen=True)
 class Classification(Dataset):
-    """Integer targets `[B, N]`, scored by the mean cross-entropy in nats."""
+    """Integer targets `[B, N]`, scored by the mean cross-entropy in nats.
 
-    classes: int
+    Args:
+        inputs: the distribution of the inputs.
+        classes: C.
+        label_noise: chance that a label is replaced by a uniform draw.
+    """
+
+    inputs: Inputs
+    classes: int = 2
+    label_noise: float = 0.0
+
+    @property
+    @override
+    def features(self) -> int:
+        return self.inputs.features
 
     @property
     @override
@@ -61,6 +138,11 @@ class Classification(Dataset):
         each = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
         return each.view(targets.shape).mean(-1)
 
+    def spoil(self, generator: torch.Generator, labels: Tensor) -> Tensor:
+        """Replace some labels by uniform draws."""
+        drawn = integers(generator, *labels.shape, below=self.classes)
+        return torch.where(uniform(generator, *labels.shape) < self.label_noise, drawn, labels)
+
 
 class Regression(Dataset):
     """Real targets `[B, N, C]`, scored by half the mean squared error."""
@@ -70,69 +152,29 @@ class Regression(Dataset):
         return 0.5 * (outputs - targets).square().mean((-2, -1))
 
 
-def correlated_inputs(generator: torch.Generator, count: int, points: int, features: int, decay: float) -> Tensor:
-    """Draw Gaussian inputs `[B, N, F]` of unit mean variance with spectrum `1 / k^decay`.
-
-    `decay` 0 gives white inputs; about 1 resembles natural images, whose first principal components carry most of
-    the variance and make the Hessian ill-conditioned.
-    """
-    inputs = normal(generator, count, points, features)
-    if decay == 0:
-        return inputs
-    spectrum = torch.arange(1, features + 1, device=generator.device).to(inputs.dtype).pow(-0.5 * decay)
-    spectrum = spectrum / spectrum.square().mean().sqrt()
-    return torch.bmm(inputs * spectrum, rotation(generator, count, features))
-
-
-def random_network(generator: torch.Generator, inputs: Tensor, hidden: int, outputs: int) -> Tensor:
-    """Return the standardised outputs `[B, N, C]` of a random tanh network with one hidden layer."""
-    count, _, features = inputs.shape
-    first = normal(generator, count, features, hidden) * (2 / math.sqrt(features))
-    bias = normal(generator, count, 1, hidden)
-    result = torch.bmm(torch.tanh(torch.bmm(inputs, first) + bias), normal(generator, count, hidden, outputs))
-    return (result - result.mean(1, keepdim=True)) / result.std(1, keepdim=True)
-
-
-def flip_labels(generator: torch.Generator, labels: Tensor, classes: int, chance: float) -> Tensor:
-    """Replace each label by a uniform draw with probability `chance`."""
-    flipped = uniform(generator, *labels.shape) < chance
-    return torch.where(flipped, integers(generator, *labels.shape, below=classes), labels)
-
-
 @dataclass(frozen=True)
 class Clusters(Classification):
-    """Mixtures of Gaussians: every class owns `per_class` clusters.
+    """Mixtures of Gaussians: every class owns `per_class` clusters, of the shape that `inputs` gives.
 
     Args:
-        features: F.
+        inputs: the distribution about a centre.
         classes: C.
-        points: N.
+        label_noise: chance that a label is replaced by a uniform draw.
         per_class: clusters of each class; 1 gives Gaussian blobs.
         separation: standard deviation of the centres, in units of a cluster's own.
-        decay: spectrum of the inputs, see `correlated_inputs`.
-        label_noise: chance that a label is drawn afresh.
     """
 
-    features: int
-    classes: int = 2
-    points: int = 1000
     per_class: int = 1
     separation: float = 1.0
-    decay: float = 0.0
-    label_noise: float = 0.0
 
     @override
     def draw(self, count: int, generator: torch.Generator) -> Data:
         clusters = self.classes * self.per_class
         centres = self.separation * normal(generator, count, clusters, self.features)
-        member = integers(generator, count, self.points, below=clusters)
+        member = integers(generator, count, self.inputs.points, below=clusters)  # [B, N]
         chosen = centres.gather(1, member.unsqueeze(-1).expand(-1, -1, self.features))
-        inputs = chosen + correlated_inputs(generator, count, self.points, self.features, self.decay)
-        inputs = inputs / math.sqrt(1 + self.separation**2)
-        return {
-            "inputs": inputs,
-            "targets": flip_labels(generator, member % self.classes, self.classes, self.label_noise),
-        }
+        inputs = (chosen + self.inputs.draw(count, generator)) / math.sqrt(1 + self.separation**2)
+        return {"inputs": inputs, "targets": self.spoil(generator, member % self.classes)}
 
 
 @dataclass(frozen=True)
@@ -140,26 +182,41 @@ class Teacher(Classification):
     """Labels by the largest output of a random tanh network.
 
     Args:
-        features: F.
+        inputs: the distribution of the inputs.
         classes: C.
-        points: N.
+        label_noise: chance that a label is replaced by a uniform draw.
         hidden: hidden units of the teacher.
-        decay: spectrum of the inputs, see `correlated_inputs`.
-        label_noise: chance that a label is drawn afresh.
     """
 
-    features: int
-    classes: int = 2
-    points: int = 1000
     hidden: int = 16
-    decay: float = 0.0
-    label_noise: float = 0.0
 
     @override
     def draw(self, count: int, generator: torch.Generator) -> Data:
-        inputs = correlated_inputs(generator, count, self.points, self.features, self.decay)
+        inputs = self.inputs.draw(count, generator)
         labels = random_network(generator, inputs, self.hidden, self.classes).argmax(-1)
-        return {"inputs": inputs, "targets": flip_labels(generator, labels, self.classes, self.label_noise)}
+        return {"inputs": inputs, "targets": self.spoil(generator, labels)}
+
+
+@dataclass(frozen=True)
+class TokenTeacher(Classification):
+    """Labels by the class whose random weights, summed over the tokens of the example, are largest."""
+
+    @override
+    def draw(self, count: int, generator: torch.Generator) -> Data:
+        tokens = self.inputs.draw(count, generator)  # [B, N, L]
+        weight = normal(generator, count, self.features, self.classes)
+        scores = lookup(weight, tokens).sum(2)  # [B, N, C]
+        return {"inputs": tokens, "targets": self.spoil(generator, scores.argmax(-1))}
+
+
+@dataclass(frozen=True)
+class Parity(Classification):
+    """Labels by the sum of the tokens, modulo the number of classes."""
+
+    @override
+    def draw(self, count: int, generator: torch.Generator) -> Data:
+        tokens = self.inputs.draw(count, generator)  # [B, N, L]
+        return {"inputs": tokens, "targets": self.spoil(generator, tokens.sum(-1) % self.classes)}
 
 
 @dataclass(frozen=True)
@@ -167,20 +224,21 @@ class TeacherRegression(Regression):
     """Targets are the standardised outputs of a random tanh network, plus noise.
 
     Args:
-        features: F.
+        inputs: the distribution of the inputs.
         targets: C.
-        points: N.
         hidden: hidden units of the teacher.
-        decay: spectrum of the inputs, see `correlated_inputs`.
         noise: standard deviation of the noise on the targets.
     """
 
-    features: int
+    inputs: Inputs
     targets: int = 1
-    points: int = 1000
     hidden: int = 16
-    decay: float = 0.0
     noise: float = 0.0
+
+    @property
+    @override
+    def features(self) -> int:
+        return self.inputs.features
 
     @property
     @override
@@ -189,7 +247,7 @@ class TeacherRegression(Regression):
 
     @override
     def draw(self, count: int, generator: torch.Generator) -> Data:
-        inputs = correlated_inputs(generator, count, self.points, self.features, self.decay)
+        inputs = self.inputs.draw(count, generator)
         targets = random_network(generator, inputs, self.hidden, self.targets)
         return {"inputs": inputs, "targets": targets + self.noise * normal(generator, *targets.shape)}
 
@@ -199,25 +257,39 @@ class Manifold(Regression):
     """Inputs on a curved manifold, which are their own targets: the data of an autoencoder.
 
     Args:
-        features: F, also the number of outputs.
+        width: F, also the number of outputs.
         latent: dimension of the manifold.
         points: N.
         noise: standard deviation of the inputs off the manifold.
     """
 
-    features: int
+    width: int
     latent: int = 2
     points: int = 1000
     noise: float = 0.05
 
     @property
     @override
+    def features(self) -> int:
+        return self.width
+
+    @property
+    @override
     def outputs(self) -> int:
-        return self.features
+        return self.width
 
     @override
     def draw(self, count: int, generator: torch.Generator) -> Data:
         latent = normal(generator, count, self.points, self.latent)
-        inputs = random_network(generator, latent, 4 * self.latent, self.features)
+        inputs = random_network(generator, latent, 4 * self.latent, self.width)
         inputs = inputs + self.noise * normal(generator, *inputs.shape)
         return {"inputs": inputs, "targets": inputs}
+
+
+def random_network(generator: torch.Generator, inputs: Tensor, hidden: int, outputs: int) -> Tensor:
+    """Return the standardised outputs `[B, N, C]` of a random tanh network with one hidden layer."""
+    count, _, features = inputs.shape
+    first = normal(generator, count, features, hidden) * (2 / math.sqrt(features))
+    bias = normal(generator, count, 1, hidden)
+    result = torch.bmm(torch.tanh(torch.bmm(inputs, first) + bias), normal(generator, count, hidden, outputs))
+    return (result - result.mean(1, keepdim=True)) / result.std(1, keepdim=True)

@@ -3,7 +3,7 @@
 Tensors come from a `torch.Generator`, on its device and in torch's default dtype; configurations (sizes, noise
 levels, activations) come from a `random.Random`.
 
-Shapes: B instances, D dimensions.
+Shapes: B instances, N examples, D dimensions, V entries of a table, E numbers in an entry.
 """
 
 from __future__ import annotations
@@ -44,6 +44,21 @@ def rotation(generator: torch.Generator, count: int, dim: int) -> Tensor:
     q, r = torch.linalg.qr(normal(generator, count, dim, dim))
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)  # [B, D]
     return q * signs.unsqueeze(-2)
+
+
+def minibatch(*tensors: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
+    """Draw the same `size` rows of each tensor `[B, N, ...]` with replacement; returns `[B, size, ...]` each."""
+    rows = integers(generator, len(tensors[0]), size, below=tensors[0].shape[1])
+    start = tensors[0].shape[1] * torch.arange(len(rows), device=rows.device).unsqueeze(-1)
+    flat = (rows + start).flatten()
+    return [tensor.flatten(0, 1).index_select(0, flat).unflatten(0, rows.shape) for tensor in tensors]
+
+
+def lookup(table: Tensor, rows: Tensor) -> Tensor:
+    """Pick rows `[B, ...]` of each instance's own table `[B, V, E]`; returns `[B, ..., E]`."""
+    count, entries = table.shape[:2]
+    start = entries * torch.arange(count, device=rows.device).view(-1, *[1] * (rows.dim() - 1))
+    return table.flatten(0, 1).index_select(0, (rows + start).flatten()).unflatten(0, rows.shape)
 
 
 def log_uniform(rng: random.Random, low: float, high: float) -> float:

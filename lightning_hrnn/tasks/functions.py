@@ -1,6 +1,4 @@
-"""Closed-form tasks: quadratics, bowls and the classical test functions of two variables.
-
-All are shifted so that the minimum is zero (or a hair above it, so that rounding never makes a loss negative).
+"""Quadratics, norms of a linear system, and bowls.
 
 Shapes: B instances, D dimensions.
 """
@@ -8,7 +6,6 @@ Shapes: B instances, D dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -108,53 +105,3 @@ class Bowl(TaskFamily):
         c, s, scale = math.cos(self.angle), math.sin(self.angle), math.sqrt(self.condition)
         axes = params[0].new_tensor([[c, -s * scale], [s, c * scale]])  # columns: the scaled axes
         return 0.5 * (params[0] @ axes).square().sum(-1)
-
-
-@dataclass(frozen=True)
-class Surface(TaskFamily):
-    """A test function of two variables, started uniformly in its usual box.
-
-    Args:
-        formula: the function of `(x, y)`, vectorised, with minimum about zero.
-        low, high: corners of the box of starts.
-        minimizer: one point where the minimum is taken.
-    """
-
-    name = "surface"
-    formula: Callable[[Tensor, Tensor], Tensor]
-    low: tuple[float, float]
-    high: tuple[float, float]
-    minimizer: tuple[float, float]
-
-    @override
-    def init(self, count: int, generator: torch.Generator) -> tuple[Params, Data]:
-        unit = uniform(generator, count, 2)
-        low, high = unit.new_tensor(self.low), unit.new_tensor(self.high)
-        return [low + (high - low) * unit], {}
-
-    @override
-    def loss(self, params: Params, data: Data, generator: torch.Generator | None = None) -> Tensor:
-        return self.formula(*params[0].unbind(-1))
-
-
-def rosenbrock(x: Tensor, y: Tensor) -> Tensor:
-    """`(1 - x)^2 + 100 (y - x^2)^2`: a bent valley with a flat floor."""
-    return (1 - x).square() + 100 * (y - x.square()).square()
-
-
-def beale(x: Tensor, y: Tensor) -> Tensor:
-    """`(1.5 - x + x y)^2 + (2.25 - x + x y^2)^2 + (2.625 - x + x y^3)^2`: flat, with steep corners."""
-    y2 = y * y
-    terms = (1.5 - x + x * y, 2.25 - x + x * y2, 2.625 - x + x * y2 * y)
-    return terms[0].square() + terms[1].square() + terms[2].square()
-
-
-def _box(half: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    return (-half, -half), (half, half)
-
-
-# Boxes and minimizers: Surjanovic & Bingham, Virtual Library of Simulation Experiments, sfu.ca/~ssurjano.
-SURFACES: dict[str, Surface] = {
-    "rosenbrock": Surface(rosenbrock, *_box(2.048), minimizer=(1.0, 1.0)),
-    "beale": Surface(beale, *_box(4.5), minimizer=(3.0, 0.5)),
-}

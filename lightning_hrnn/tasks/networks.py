@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_hrnn.tasks.base import Data, Params, TaskFamily
 from lightning_hrnn.tasks.datasets import Dataset
-from lightning_hrnn.tasks.draws import integers, normal, uniform
+from lightning_hrnn.tasks.draws import lookup, minibatch, normal, uniform
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -164,6 +164,44 @@ class ResidualPerceptron(Network):
         return affine(stream, params[-2], params[-1])
 
 
+@dataclass(frozen=True)
+class Embedding(Network):
+    """Embeds tokens, averages over the example, and hands the result to a head.
+
+    A row of the table gets a gradient only when its token is in the minibatch.
+
+    Args:
+        width: numbers in an embedding.
+        head: maps embeddings to outputs.
+    """
+
+    width: int
+    head: Perceptron = Perceptron()
+
+    @override
+    def init(self, generator: torch.Generator, count: int, features: int, outputs: int) -> Params:
+        table = normal(generator, count, features, self.width)
+        return [table, *self.head.init(generator, count, self.width, outputs)]
+
+    @override
+    def forward(self, params: Params, inputs: Tensor) -> Tensor:
+        return self.head.forward(params[1:], self.embed(params[0], inputs).mean(2))
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        """Map tokens `[B, n, L]` to embeddings `[B, n, L, width]`."""
+        return lookup(table, tokens)
+
+
+@dataclass(frozen=True)
+class OneHotEmbedding(Embedding):
+    """The same function as `Embedding`, computed as one-hot vectors times the table."""
+
+    @override
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        one_hot = functional.one_hot(tokens, table.shape[1]).to(table.dtype)
+        return torch.bmm(one_hot.flatten(1, 2), table).unflatten(1, tokens.shape[1:])
+
+
 def layer_norm(inputs: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     """Normalise `[B, n, O]` over its last dimension; gain and shift are `[B, 1, O]`."""
     return torch.addcmul(shift, functional.layer_norm(inputs, inputs.shape[-1:]), gain)
@@ -195,11 +233,3 @@ class NetworkTask(TaskFamily):
         if generator is not None:
             inputs, targets = minibatch(inputs, targets, size=self.batch_size, generator=generator)
         return self.dataset.loss(self.network.forward(params, inputs), targets)
-
-
-def minibatch(*tensors: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Draw the same `size` rows of each tensor `[B, N, ...]` with replacement; returns `[B, size, ...]` each."""
-    count, points = tensors[0].shape[:2]
-    rows = integers(generator, count, size, below=points)
-    rows = (rows + points * torch.arange(count, device=rows.device).unsqueeze(-1)).flatten()
-    return [tensor.flatten(0, 1).index_select(0, rows).unflatten(0, (count, size)) for tensor in tensors]
