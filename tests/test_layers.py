@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "callbacks": {"version", "optimizer", "schedulers", "configure"},
     "datamodule": {"version", "tasks", "meta", "evaluation"},
     "module": {"version", "optimizer", "tasks", "meta", "evaluation", "datamodule"},
+    "export": {"version", "module"},
     "__init__": {"version", "optimizer", "configure", "callbacks", "module", "datamodule"},
 }
 MAY_IMPORT["cli"] = MAY_IMPORT.keys() - {"__init__"}
