@@ -1,0 +1,64 @@
+"""`WeightsExport`: write the best meta-parameters of a meta-training run, as they come."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_hrnn.module import MetaLearner
+
+
+class WeightsExport(Callback):
+    """Export the averaged weights after each validation that is the best so far.
+
+    The last checkpoint of a meta-training is seldom its best: more training on a corpus can transfer worse.
+
+    Args:
+        path: of the `.safetensors` file; its card lies beside it.
+        monitor: metric to minimise.
+        notes: entries to add to the card.
+
+    Example::
+
+        Trainer(callbacks=[WeightsExport("mine.safetensors")])
+    """
+
+    def __init__(
+        self, path: str = "weights.safetensors", monitor: str = "val/regret", notes: dict[str, Any] | None = None
+    ) -> None:
+        self.path, self.monitor, self.notes = Path(path), monitor, notes or {}
+        self.best = math.inf
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse other modules and other suffixes before the work starts.
+
+        Raises:
+            TypeError: the module is not a `MetaLearner`.
+            ValueError: the path does not end in `.safetensors`.
+        """
+        if not isinstance(pl_module, MetaLearner):
+            raise TypeError(f"WeightsExport exports a MetaLearner, not {type(pl_module).__name__}.")
+        if self.path.suffix != ".safetensors":
+            raise ValueError(f"Weights are exported as .safetensors, not to {self.path}.")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export if the metric improved."""
+        value = trainer.callback_metrics.get(self.monitor)
+        if trainer.sanity_checking or value is None or not float(value) < self.best:
+            return
+        self.best = float(value)
+        if trainer.is_global_zero and isinstance(pl_module, MetaLearner):
+            pl_module.export(self.path, {**self.notes, self.monitor: round(self.best, 4)})
+            rank_zero_info(f"{self.monitor} {self.best:.4f} is the best so far: wrote {self.path}")
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the best value."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on comparing with the best value before a stop."""
+        self.best = state_dict["best"]
