@@ -45,7 +45,9 @@ def with_blocks(language: str) -> list:
 every_page = pytest.mark.parametrize("page", PAGES, ids=name)
 
 
+# Lightning's advice on workers: the examples load their data in the main process on purpose.
 @pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined:UserWarning")
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
