@@ -54,6 +54,10 @@ class ImageSet:
         """Return the images at `index` [n], in that order."""
         return ImageSet(self.images[index], self.labels[index])
 
+    def first(self, count: int | None) -> ImageSet:
+        """Return the first `count` images (all, if there are fewer or `count` is None), without a copy."""
+        return ImageSet(self.images[:count], self.labels[:count])
+
 
 class EpochShuffle(Sampler[int]):
     """Visit 0..length-1 in an order that depends on `seed` and the epoch alone.

@@ -1,0 +1,97 @@
+"""Lightning's command line as our commands use it: errors raised, and `--out` for a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_hrnn.cli.parser import parser_options
+from lightning_hrnn.cli.run_report import write_run_report
+
+
+class CommandCLI(LightningCLI):
+    """`LightningCLI` with `--out DIR` for metrics, a report and its figure."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--out`."""
+        parser.add_argument(
+            "--out",
+            type=str | None,
+            default=None,
+            help="Folder for metrics.csv, report.json, report.md and curves.png; also the trainer's default root.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments that our command passes on, without Lightning's warning that it does."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Let the trainer log to `--out` too."""
+        if self.out is None:
+            return super().instantiate_trainer(**kwargs)
+        if self._get(self.config, "trainer").default_root_dir is None:
+            kwargs["default_root_dir"] = self.out
+        chosen = self._get(self.config_init, "trainer").logger
+        others = chosen if isinstance(chosen, list) else [] if chosen in (None, True, False) else [chosen]
+        kwargs["logger"] = [*others, CSVLogger(self.out, name="", version="")]
+        return super().instantiate_trainer(**kwargs)
+
+    @property
+    def out(self) -> str | None:
+        """The folder for the report, if one is wanted."""
+        return self._get(self.config, "out")
+
+    def after_fit(self) -> None:
+        """Write the report."""
+        self._write_report()
+
+    def after_validate(self) -> None:
+        """Write the report."""
+        self._write_report()
+
+    def after_test(self) -> None:
+        """Write the report."""
+        self._write_report()
+
+    def _write_report(self) -> None:
+        if self.out is not None and self.trainer.is_global_zero:
+            command = f"{self.parser.prog} {self.subcommand}"
+            write_run_report(Path(self.out), command, self.trainer)
+
+
+def run_lightning(
+    arguments: Sequence[str],
+    module: type[LightningModule],
+    data: type[LightningDataModule],
+    prog: str,
+    description: str,
+    examples: str,
+    subclasses: bool,
+) -> None:
+    """Run one of Lightning's subcommands.
+
+    Args:
+        arguments: The subcommand and its options.
+        module: The module's class.
+        data: The data module's class.
+        prog: The command, as the user types it.
+        description: What the help says first.
+        examples: What the help says last.
+        subclasses: Whether the user names the classes, which are any subclasses of these.
+    """
+    subcommands = {name: parser_options() for name in CommandCLI.subcommands()}
+    CommandCLI(
+        module,
+        data,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": prog, "description": description, **parser_options(examples), **subcommands},
+        subclass_mode_model=subclasses,
+        subclass_mode_data=subclasses,
+        args=list(arguments),
+    )

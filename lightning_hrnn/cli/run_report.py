@@ -1,0 +1,79 @@
+"""The report of one Lightning run: its last metrics, and curves of what it logged."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from lightning_hrnn.evaluation.plots import Panel, plot_panels
+from lightning_hrnn.evaluation.report import Column, Report
+
+Curve = tuple[list[float], list[float]]
+NOT_CURVES = ("step", "epoch")
+MOST_PANELS = 4
+
+
+def write_run_report(out: Path, command: str, trainer: Trainer) -> Report:
+    """Write `report.json`, `report.md` and, if anything was logged more than once, `curves.png`.
+
+    Args:
+        out: The folder; its `metrics.csv` holds what was logged.
+        command: The command that ran.
+        trainer: The trainer after the run.
+
+    Returns:
+        The report.
+    """
+    figures = {}
+    config = Path(trainer.log_dir or out, "config.yaml")
+    panels = _panels(read_curves(out / "metrics.csv"))
+    if panels:
+        plot_panels(panels, out / "curves.png", command)
+        figures["curves.png"] = "What was logged, against steps"
+    metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+    report = Report(
+        title=f"Metrics of {command}",
+        summary=f"{trainer.global_step:,} optimizer steps, {trainer.current_epoch:,} epochs.",
+        command=f"{command} --config {config}",
+        settings={"devices": trainer.world_size, "precision": trainer.precision},
+        columns=(Column("metric", "metric"), Column("value", "value", ".4g")),
+        rows=[{"metric": name, "value": value} for name, value in metrics.items()],
+        figures=figures,
+    )
+    report.write(out)
+    return report
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """Return the metrics of a `CSVLogger`'s file as name -> (steps, values); nothing if there is no such file."""
+    curves: dict[str, Curve] = defaultdict(lambda: ([], []))
+    if path.is_file():
+        with path.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                for name, value in row.items():
+                    if value and row.get("step") and name not in NOT_CURVES:
+                        curves[name][0].append(float(row["step"]))
+                        curves[name][1].append(float(value))
+    return {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
+
+
+def _panels(curves: dict[str, Curve]) -> list[Panel]:
+    """Return a panel for each quantity; `train/loss` and `val/loss` share one."""
+    quantities: dict[str, dict[str, Curve]] = defaultdict(dict)
+    for name, curve in curves.items():
+        quantities[name.rpartition("/")[2]][name] = curve
+    shown = sorted(quantities, key=lambda quantity: ("loss" not in quantity, quantity))[:MOST_PANELS]
+    return [
+        Panel(quantity, "optimizer steps", quantity, quantities[quantity], log=_spans_decades(quantities[quantity]))
+        for quantity in shown
+    ]
+
+
+def _spans_decades(curves: dict[str, Curve]) -> bool:
+    """Whether all values are positive and the largest is over ten times the smallest."""
+    values = [value for _, ys in curves.values() for value in ys if math.isfinite(value)]
+    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)

@@ -1,0 +1,5 @@
+"""How we know: runs side by side, reports, plots."""
+
+from lightning_hrnn.evaluation.report import Report, environment
+
+__all__ = ["Report", "environment"]
