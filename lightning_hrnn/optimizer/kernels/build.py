@@ -1,0 +1,124 @@
+"""Build the compiled kernels on first use, with torch's own extension loader, and keep them.
+
+A library holds the operators for one pair of sizes and one instruction set, and its name has a digest of everything
+it is made from: sources, flags, torch. So one folder serves different machines and versions, and what is there need
+not be checked again. Processes that want the same library at once take turns on a lock that the system releases when
+its holder dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+SOURCES = ("param_level.cpp", "param_level.h", "rule.h", "segments.h", "lanes.h")
+OPTIMIZE = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w")
+AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+INSTRUCTIONS = {"AVX512": (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"), "AVX2": AVX2}
+
+_failures: dict[tuple[int, int], str] = {}
+
+
+class BuildError(RuntimeError):
+    """Say why the kernels could not be built or loaded."""
+
+
+def why_unavailable() -> str | None:
+    """Return why compiled kernels cannot be built here, or `None`; nothing is built to find out."""
+    if _failures:
+        return next(iter(_failures.values()))
+    if sys.platform == "win32":
+        return "It is built with GCC or Clang, on Linux or macOS."
+    compiler = _extension_loader().get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        return f"There is no C++ compiler {compiler!r}: install g++."
+    if shutil.which("ninja") is None:
+        return "There is no ninja on the PATH: pip install ninja."
+    return None
+
+
+@cache
+def operators(param_hidden: int, timescales: int) -> Any:
+    """Return the compiled operators for a rule's sizes, building them the first time (about half a minute).
+
+    Raises:
+        BuildError: there is no compiler, or it failed; the second call fails at once.
+    """
+    sizes = (param_hidden, timescales)
+    reason = _failures.get(sizes) or why_unavailable()
+    if reason:
+        raise BuildError(reason)
+    try:
+        return _load(*sizes)
+    except (OSError, RuntimeError, ImportError) as error:
+        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [repr(error)]
+        _failures[sizes] = f"Building it failed: {lines[0].strip()}"
+        raise BuildError(_failures[sizes]) from error
+
+
+def _load(param_hidden: int, timescales: int) -> Any:
+    loader, folder = _extension_loader(), Path(__file__).parent
+    flags = [*_flags(), f"-DHRNN_HIDDEN={param_hidden}", f"-DHRNN_TIMESCALES={timescales}"]
+    digest = hashlib.sha256(repr((flags, torch.__version__, platform.machine())).encode())
+    for source in SOURCES:
+        digest.update((folder / source).read_bytes())
+    name = f"lightning_hrnn_{digest.hexdigest()[:16]}"
+    directory = Path(loader._get_build_directory(name, verbose=False))
+    library, done = directory / f"{name}.so", directory / "done"
+    with _alone(directory / "building"):
+        if not (done.exists() and library.exists()):
+            # Nobody else is building: a lock that torch left behind belongs to a process that died.
+            (directory / "lock").unlink(missing_ok=True)
+            loader.load(
+                name,
+                [str(folder / source) for source in SOURCES if source.endswith(".cpp")],
+                extra_cflags=[*flags, f"-DHRNN_LIBRARY={name}"],
+                build_directory=str(directory),
+                is_python_module=False,
+            )
+            done.touch()
+        elif not hasattr(torch.ops, name) or not hasattr(getattr(torch.ops, name), "param_level"):
+            torch.ops.load_library(str(library))
+    return getattr(torch.ops, name)
+
+
+def _flags() -> list[str]:
+    """Ask for the instruction set that torch itself uses on this machine."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return list(OPTIMIZE)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [*OPTIMIZE, *next((flags for name, flags in INSTRUCTIONS.items() if capability.startswith(name)), ())]
+
+
+@lru_cache(maxsize=1)
+def _extension_loader() -> ModuleType:
+    """Import torch's loader without its remark, on a machine with CUDA's compiler but no GPU, that it found no GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils import cpp_extension
+    finally:
+        logger.setLevel(level)
+    return cpp_extension
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock between processes; the system releases it if this process dies."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

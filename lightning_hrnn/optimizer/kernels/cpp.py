@@ -1,0 +1,134 @@
+"""The param level in C++: fused forward and backward for meta-training on the CPU.
+
+`param_level` takes the place of `HierarchicalRNN.param_level` (pass it as `engine`). It runs over tiles of parameters
+that stay in cache, a parameter a lane across the borders of tensors, and saves for the backward pass no more than what
+went in and came out: the backward pass takes the forward step again, tile by tile. In single precision its functions
+are approximations, whose errors `lanes.h` states; in double precision they are the C library's.
+
+Legend: `P` parameters, `T` tensors, `R` readouts, `S` timescales, `H0` param hidden size, `F` features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_hrnn.optimizer.features import FEATURES, Layout
+from lightning_hrnn.optimizer.hierarchical_rnn import (
+    BoundedRate,
+    GatedDirection,
+    HierarchicalRNN,
+    ParamLevel,
+    RuleState,
+)
+from lightning_hrnn.optimizer.kernels.build import BuildError, operators, why_unavailable
+
+__all__ = ["param_level", "why_unavailable", "why_unsupported"]
+
+MOST_HIDDEN, MOST_TIMESCALES = 32, 8
+DTYPES = (torch.float32, torch.float64)
+
+
+def why_unsupported(rule: HierarchicalRNN) -> str | None:
+    """Return what of a rule the compiled kernels do not know, or `None`."""
+    config = rule.config
+    if config.direction != "gated" or config.rate != "bounded":
+        return "The compiled kernels know the gated direction with the bounded rate only."
+    if config.features != tuple(FEATURES):
+        return f"The compiled kernels know the features {list(FEATURES)} in this order only."
+    if config.param_hidden > MOST_HIDDEN or not 2 <= config.timescales <= MOST_TIMESCALES:
+        return (
+            f"The compiled kernels go up to {MOST_HIDDEN} hidden units and {MOST_TIMESCALES} timescales, "
+            f"not {config.param_hidden} and {config.timescales}."
+        )
+    return None
+
+
+def param_level(rule: HierarchicalRNN, grad: Tensor, state: RuleState, bias: Tensor, layout: Layout) -> ParamLevel:
+    """Compute what `HierarchicalRNN.param_level` does, fused; by the rule itself where that cannot be.
+
+    Differentiable once, with respect to everything that the rule's own is. Numbers differ from the rule's by rounding
+    alone: after 20 steps in single precision by about as much as the rule's own differ from double precision.
+
+    Args:
+        rule: the update rule.
+        grad: gradients of all parameters, end to end. [P]
+        state: of the step before.
+        bias: of the gates, from the levels above. [3 H0, T]
+        layout: of the models; the parameters of a tensor lie side by side.
+    """
+    config = rule.config
+    if grad.device.type != "cpu" or grad.dtype not in DTYPES or why_unsupported(rule):
+        return rule.param_level(grad, state, bias, layout)
+    try:
+        library = operators(config.param_hidden, config.timescales)
+    except BuildError:
+        return rule.param_level(grad, state, bias, layout)
+    relative_rate = state.log_rate - rule.mean_log_rate(state, layout)
+    remembers = (state.age > 0).to(grad.dtype)
+    above = torch.cat([bias, relative_rate[None], remembers[None]])
+    hidden, average, square, pooled, steps = _ParamLevel.apply(
+        library,
+        config.momentary_bound,
+        len(config.readouts),
+        layout.params_in,
+        grad,
+        state.hidden,
+        state.average,
+        state.square,
+        above,
+        packed(rule),
+    )
+    return ParamLevel(hidden, average, square, pooled, steps, log_rate=None)
+
+
+def packed(rule: HierarchicalRNN) -> Tensor:
+    """Lay the meta-parameters of the param level end to end, in the order of `Packed` in `rule.h`."""
+    readouts = [readout for readout in rule.directions.values() if isinstance(readout, GatedDirection)]
+    if not isinstance(rule.rate, BoundedRate) or len(readouts) != len(rule.directions):
+        raise TypeError(why_unsupported(rule))
+    parts = [
+        rule.param_rnn.gate_weight,
+        rule.param_rnn.candidate_weight,
+        rule.decay_weight,
+        rule.rate.momentary,
+        *(readout.weight for readout in readouts),
+        rule.param_rnn.gate_bias,
+        rule.param_rnn.candidate_bias,
+        rule.decay_bias,
+        rule.rate.momentary_bias,
+        *(readout.shortcut for readout in readouts),
+    ]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+class _ParamLevel(torch.autograd.Function):
+    """Join the two compiled operators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, library: Any, bound: float, readouts: int, params_in: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs = tuple(value.contiguous() for value in inputs)
+        grad, hidden, average, square, above, meta = inputs
+        *outputs, steps, inverse_rms = library.param_level(
+            grad, hidden, average, square, above, params_in, meta, bound, readouts
+        )
+        ctx.set_materialize_grads(False)
+        ctx.library, ctx.bound = library, bound
+        ctx.save_for_backward(*inputs[:5], params_in, meta, steps, inverse_rms)
+        return *outputs, steps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *to_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [None if value is None else value.contiguous() for value in to_outputs]
+        with_grad = ctx.needs_input_grad[4]
+        to_grad, hidden, average, square, above, meta = ctx.library.param_level_backward(
+            *given, *ctx.saved_tensors, ctx.bound, with_grad
+        )
+        above = torch.cat([above, torch.zeros_like(above[:1])])  # no gradient flows through `remembers`
+        return None, None, None, None, to_grad if with_grad else None, hidden, average, square, above, meta
