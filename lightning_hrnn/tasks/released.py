@@ -96,7 +96,7 @@ RELEASED: dict[str, ReleasedSet] = {
         "Gaussian quadratics of 20-100 dimensions", tuple(Quadratic(d) for d in (20, 25, 50, 100))
     ),
     "quadratic-noisy": ReleasedSet(
-        "Gaussian quadratics, noise 0.5-2 on the gradient",
+        "Gaussian quadratics, noise 0-2 on the gradient",
         tuple(GradientNoise(Quadratic(d), s) for d, s in zip((20, 25, 50, 100), (0.5, 0.0, 1.0, 2.0), strict=True)),
     ),
     "quadratic-large": ReleasedSet(
