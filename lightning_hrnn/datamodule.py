@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_hrnn.meta.truncation import TaskStream
 from lightning_hrnn.tasks.base import TaskFamily
 from lightning_hrnn.tasks.corpus import Corpus, get_corpus
 
 
-class _Windows(IterableDataset[TaskStream]):
-    """Hand out the same stream, once for each truncation window."""
+class _Windows(Dataset[TaskStream]):
+    """Hand out the same stream, once for each truncation window; the learner draws as many tasks as it has room for."""
 
     def __init__(self, stream: TaskStream, windows: int) -> None:
         self.stream, self.windows = stream, windows
 
-    def __iter__(self) -> Iterator[TaskStream]:
-        """Yield the stream; the learner draws as many tasks as its pool has room for."""
-        for _ in range(self.windows):
-            yield self.stream
+    def __getitem__(self, index: int) -> TaskStream:
+        """Return the stream."""
+        return self.stream
 
     def __len__(self) -> int:
-        """Return the number of windows in an epoch."""
-        return self.windows
+        """Return the number of windows in an epoch, of all processes together: a sampler divides them."""
+        return self.windows * self.stream.shards
 
 
 class TaskDataModule(LightningDataModule):
@@ -57,7 +55,11 @@ class TaskDataModule(LightningDataModule):
         family: TaskFamily | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("instances", instances), ("epoch_steps", epoch_steps), ("validation_steps", validation_steps)):
+        for name, value in (
+            ("instances", instances),
+            ("epoch_steps", epoch_steps),
+            ("validation_steps", validation_steps),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
         self.source: Corpus | TaskFamily = family or get_corpus(corpus)

@@ -28,6 +28,8 @@ from lightning_hrnn.optimizer.kernels import choose_engine
 from lightning_hrnn.optimizer.pretrained import load_pretrained, save_pretrained
 from lightning_hrnn.version import __version__
 
+FAMILIES_SHOWN = 8  # the progress bar names the meta-loss of each family of corpora up to this size
+
 
 class MetaLearner(LightningModule):
     """Meta-train the update rule by truncated backprop.
@@ -78,7 +80,9 @@ class MetaLearner(LightningModule):
         if not 0 <= averaging < 1:
             raise ValueError(f"averaging must be in [0, 1), not {averaging}.")
         changes = rule_changes or {}
-        self.rule = load_pretrained(weights).train() if weights else HierarchicalRNN(RuleConfig.preset(preset, **changes))
+        self.rule = (
+            load_pretrained(weights).train() if weights else HierarchicalRNN(RuleConfig.preset(preset, **changes))
+        )
         self.average = AveragedModel(self.rule, multi_avg_fn=get_ema_multi_avg_fn(averaging)).requires_grad_(False)
         self.started_from = weights
         self.window, self.scored_steps, self.second_order = window, scored_steps, second_order
@@ -102,11 +106,9 @@ class MetaLearner(LightningModule):
         self._restore_pool(batch)
         self.pool.refill(batch, self.rule, self.global_step, self.device)
         population, start = self.pool.population(), self.pool.start(self.rule)
-        result = unroll(
-            self.rule, population, start, self.window, self._draw_scored(), self.engine, self.second_order
-        )
+        result = unroll(self.rule, population, start, self.window, self._draw_scored(), self.engine, self.second_order)
         scores = self.meta_loss(result.losses, self.pool.initial_losses())  # [N, M]
-        self._log_window(population.by_batch(scores.detach()))
+        self._log_window(population.by_batch(scores.detach()), few_families=batch.families <= FAMILIES_SHOWN)
         self.pool.advance(population, result.progress, self.window)
         return scores.mean()
 
@@ -115,7 +117,7 @@ class MetaLearner(LightningModule):
         rng = random.Random(self.global_step)
         return {self.window - 1, *rng.sample(range(self.window - 1), self.scored_steps - 1)}
 
-    def _log_window(self, scores: list[Tensor]) -> None:
+    def _log_window(self, scores: list[Tensor], few_families: bool) -> None:
         by_family = defaultdict(list)
         for place, values in zip(self.pool, scores, strict=True):
             by_family[place.tasks.family.name].append(values.mean())
@@ -123,9 +125,8 @@ class MetaLearner(LightningModule):
         self.log("meta_loss", every.mean(), prog_bar=True, sync_dist=True)
         self.log("diverged", self.meta_loss.diverged(every[-1]).float().mean(), prog_bar=True, sync_dist=True)
         self.log("skipped", float(self.skipped_meta_steps))
-        shown = len(by_family) <= 6
-        for family, values in sorted(by_family.items()):
-            self.log(f"meta_loss/{family}", torch.stack(values).mean(), prog_bar=shown, rank_zero_only=True)
+        for family, means in sorted(by_family.items()):
+            self.log(f"meta_loss/{family}", torch.stack(means).mean(), prog_bar=few_families, rank_zero_only=True)
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Drop a meta-gradient that is not finite, count it, and clip the others as the Trainer says."""
@@ -160,16 +161,19 @@ class MetaLearner(LightningModule):
     def _length_is_known(self) -> bool:
         return self.trainer.max_steps > 0 or (self.trainer.max_epochs or -1) > 0
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave the stream alone: it draws tasks on the right device by itself."""
-        return batch
+    @property
+    def averaged_rule(self) -> HierarchicalRNN:
+        """The rule with averaged meta-parameters: what is validated and exported."""
+        rule = self.average.module
+        assert isinstance(rule, HierarchicalRNN)
+        return rule
 
     # ------------------------------------------------------------------ validation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Train one unseen network with the averaged rule, far past the training horizon, beside tuned Adam."""
         with torch.inference_mode(False), torch.no_grad():
-            outcome = batch.run(self.average.module, self.initial_rate, self.engine, self.device)
+            outcome = batch.run(self.averaged_rule, self.initial_rate, self.engine, self.device)
         self._validation[batch.name] = outcome.regret
         self.log(f"val/{batch.name}", outcome.regret, sync_dist=True, batch_size=1)
         self.log("val/diverged", outcome.diverged, sync_dist=True, batch_size=1)
@@ -205,7 +209,7 @@ class MetaLearner(LightningModule):
         """
         datamodule = getattr(self._trainer, "datamodule", None)
         return save_pretrained(
-            self.average.module,
+            self.averaged_rule,
             path,
             {
                 "package_version": __version__,

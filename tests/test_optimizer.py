@@ -80,8 +80,12 @@ def test_steps_are_those_of_the_pure_rule(rule: HierarchicalRNN, monkeypatch: py
         theta, state = theta - output.update, output.state
         optimizer.step()
         torch.testing.assert_close(flat(params), theta, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(optimizer.state[params[3]]["tensor_hidden"], state.tensor_hidden[:, 3], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(optimizer.state[params[0]]["global_hidden"], state.global_hidden[:, 0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        optimizer.state[params[3]]["tensor_hidden"], state.tensor_hidden[:, 3], rtol=1e-3, atol=1e-5
+    )
+    torch.testing.assert_close(
+        optimizer.state[params[0]]["global_hidden"], state.global_hidden[:, 0], rtol=1e-3, atol=1e-5
+    )
     if output.lookahead is not None:
         lookahead = flat([optimizer.state[param]["lookahead"] for param in params])
         torch.testing.assert_close(lookahead, output.lookahead, rtol=1e-3, atol=1e-6)
@@ -320,7 +324,10 @@ def test_attention_moves_and_restores_the_weights_bit_for_bit() -> None:
 def test_other_precisions_follow_single(dtype: torch.dtype) -> None:
     params, twins = make_params(), [nn.Parameter(param.detach().to(dtype)) for param in make_params()]
     start = flat(params)
-    ours, theirs = HRNN(params, weights=make_rule(), initial_rate=0.1), HRNN(twins, weights=make_rule(), initial_rate=0.1)
+    ours, theirs = (
+        HRNN(params, weights=make_rule(), initial_rate=0.1),
+        HRNN(twins, weights=make_rule(), initial_rate=0.1),
+    )
     for step in range(5):
         set_grads(params, step)
         for param, twin in zip(params, twins, strict=True):

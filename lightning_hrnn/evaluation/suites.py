@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -44,17 +43,11 @@ def validation_suite(names: Sequence[str] | None = None) -> list[str]:
     return chosen
 
 
-@dataclass(frozen=True)
-class ValidationRun:
-    """Describe one validation run.
+class ValidationRun(NamedTuple):
+    """Describe one validation run."""
 
-    Args:
-        name: of the network.
-        steps: inner steps.
-    """
-
-    name: str
-    steps: int
+    name: str  # of the network
+    steps: int  # inner steps
 
     def scored(self) -> set[int]:
         """Return the steps at which losses are compared: eight, evenly apart on a log scale from a 16th of the run."""

@@ -46,7 +46,9 @@ class LogRatio:
             ValueError: a loss is negative.
         """
         if bool((losses < 0).any()):
-            raise ValueError("A task's loss is negative, and the meta-loss takes its logarithm: shift the loss to be >= 0.")
+            raise ValueError(
+                "A task's loss is negative, and the meta-loss takes its logarithm: shift the loss to be >= 0."
+            )
         largest = torch.finfo(losses.dtype).max / 1e3
         offset = self.floor * initial + torch.finfo(losses.dtype).tiny
         safe = torch.where(losses.isfinite() & (losses < largest), losses, torch.full_like(losses, largest))

@@ -78,7 +78,9 @@ class Population:
         self.batches = list(batches)
         self._shapes = [[value.shape for value in batch.params] for batch in batches]
         self._blocks = [value.numel() for batch in batches for value in batch.params]
-        sizes, model_of, first = [], [], 0
+        sizes: list[int] = []
+        model_of: list[int] = []
+        first = 0
         for batch in batches:
             for value in batch.params:
                 sizes += [value[0].numel()] * batch.count
@@ -101,7 +103,10 @@ class Population:
     def losses(self, theta: Tensor) -> Tensor:
         """Return the full loss of every task. [M]"""
         return torch.cat(
-            [batch.family.loss(params, batch.data) for batch, params in zip(self.batches, self.views(theta), strict=True)]
+            [
+                batch.family.loss(params, batch.data)
+                for batch, params in zip(self.batches, self.views(theta), strict=True)
+            ]
         )
 
     def gradient(self, theta: Tensor, second_order: bool = False) -> Tensor:
@@ -113,7 +118,7 @@ class Population:
             theta: parameters. [P]
             second_order: keep the graph from `theta` to the gradient.
         """
-        point = theta if second_order else theta.detach().requires_grad_()
+        point = theta if second_order and theta.requires_grad else theta.detach().requires_grad_()
         with torch.enable_grad():
             total = torch.stack(
                 [

@@ -40,6 +40,11 @@ class TaskStream:
         self.shard, self.shards = shard, shards
         self.drawn = 0
 
+    @property
+    def families(self) -> int:
+        """Number of families that tasks are drawn from."""
+        return len(self.corpus.weights) if isinstance(self.corpus, Corpus) else 1
+
     def next_seed(self) -> int:
         """Return the seed of the next draw."""
         index = self.drawn * self.shards + self.shard
@@ -48,10 +53,7 @@ class TaskStream:
 
     def draw(self, seed: int, device: torch.device | str = "cpu") -> TaskBatch:
         """Draw the task batch that belongs to a seed."""
-        if isinstance(self.corpus, Corpus):
-            family = self.corpus.sample(random.Random(seed))
-        else:
-            family = self.corpus
+        family = self.corpus.sample(random.Random(seed)) if isinstance(self.corpus, Corpus) else self.corpus
         return TaskBatch.draw(family, self.count, seed, device)
 
 

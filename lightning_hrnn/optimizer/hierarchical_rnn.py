@@ -467,7 +467,7 @@ class HierarchicalRNN(nn.Module):
             x = torch.cat([x, relative_update(per_tensor, param_rms)[None]])
         bias = layout.to_tensors(self.global_to_tensor @ state.global_hidden)
         tensor_hidden = self.tensor_rnn(x, state.tensor_hidden, bias)
-        log_rate = param.log_rate
+        log_rate = state.log_rate if param.log_rate is None else param.log_rate
         if isinstance(self.rate, BoundedRate):
             log_rate = self.rate.drifted(state, tensor_hidden)
         return RuleState(

@@ -214,7 +214,7 @@ class HRNN(Optimizer):
 
     def _gradients_are_finite(self, params: Sequence[Tensor]) -> bool:
         """Check all gradients; if one is not finite, count a skipped step and warn the first time."""
-        largest = torch._foreach_norm([param.grad for param in params], math.inf)
+        largest = torch._foreach_norm([param.grad for param in params if param.grad is not None], math.inf)
         if all(bool(value.isfinite()) for value in largest):
             return True
         self._skipped += 1

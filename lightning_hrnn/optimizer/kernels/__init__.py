@@ -10,7 +10,7 @@ Legend: `T` tensors of one call, `R` readouts, `H0` param hidden size, `F` featu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -51,10 +51,10 @@ class Sums(NamedTuple):
 class StepKernel(Protocol):
     """Take one step of some tensors, all on one device, in two passes."""
 
-    def measure(self, rule: HierarchicalRNN, work: Sequence[TensorWork], above: FromAbove) -> tuple[Sums, object]:
+    def measure(self, rule: HierarchicalRNN, work: Sequence[TensorWork], above: FromAbove) -> tuple[Sums, Any]:
         """Update the states in place; return sums over tensors and what `apply` needs."""
 
-    def apply(self, work: Sequence[TensorWork], pending: object, inverse_rms: Tensor) -> None:
+    def apply(self, work: Sequence[TensorWork], pending: Any, inverse_rms: Tensor) -> None:
         """Move the parameters (and lookaheads) by steps scaled with `inverse_rms` `[R, T]`, decaying weights."""
 
 

@@ -47,10 +47,17 @@ class EagerKernel:
         pooled = squares = param_square = above.bias.new_zeros(())
         for start in range(0, count, CHUNK):
             part = slice(start, start + CHUNK)
-            before = [value[:, part].to(dtype) for value in state]
+            hidden, average, square = (value[:, part].to(dtype) for value in state)
             rate = log_rate[part] if rule.rate_per_param else log_rate
             step = rule.param_step(
-                grad[part].to(dtype), *before, rate, rate - above.mean_log_rate, above.bias, above.remembers
+                grad[part].to(dtype),
+                hidden,
+                average,
+                square,
+                rate,
+                rate - above.mean_log_rate,
+                above.bias,
+                above.remembers,
             )
             for value, after in zip(state, (step.hidden, step.average, step.square), strict=True):
                 value[:, part] = after

@@ -1,0 +1,357 @@
+"""Meta-training: populations, unrolls, the meta-loss, the pool, and the MetaLearner in a Trainer."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from lightning_hrnn.datamodule import TaskDataModule
+from lightning_hrnn.evaluation.suites import ValidationRun, validation_suite
+from lightning_hrnn.export import WeightsExport
+from lightning_hrnn.meta.loss import LogRatio
+from lightning_hrnn.meta.population import Population, TaskBatch, join
+from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
+from lightning_hrnn.meta.unroll import begin, unroll
+from lightning_hrnn.module import MetaLearner
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.pretrained import load_pretrained
+from lightning_hrnn.tasks.base import Data, Params, TaskFamily
+from lightning_hrnn.tasks.corpus import get_corpus
+from lightning_hrnn.tasks.registry import get_family
+
+LOG_RATE = math.log(1e-2)
+
+
+class Parabola(TaskFamily):
+    """Two tensors, no noise: what a hand can check."""
+
+    name = "parabola"
+
+    def init(self, count: int, generator: torch.Generator) -> tuple[Params, Data]:
+        options = {"generator": generator, "dtype": torch.get_default_dtype()}
+        params = [torch.randn(count, 3, **options), torch.randn(count, 2, 2, **options)]
+        return params, {"scale": 1 + torch.rand(count, **options)}
+
+    def loss(self, params: Params, data: Data, generator: torch.Generator | None = None) -> Tensor:
+        return data["scale"] * (params[0].square().sum(1) + params[1].square().sum((1, 2)))
+
+
+def make_population(seed: int = 0) -> Population:
+    families = [Parabola(), get_family("mlp", random.Random(seed)), get_family("random-bowl", random.Random(seed))]
+    return Population([TaskBatch.draw(family, 3, seed) for family in families])
+
+
+def test_population_lays_tasks_end_to_end() -> None:
+    population = make_population()
+    theta = population.initial_params()
+    layout = population.layout
+    assert len(layout.tensor_of) == len(theta) == sum(batch.size for batch in population.batches)
+    assert len(layout.tensors_in) == 9
+    assert layout.tensors_in[:3].tolist() == [2, 2, 2]
+    for batch, params in zip(population.batches, population.views(theta), strict=True):
+        for ours, theirs in zip(batch.params, params, strict=True):
+            assert torch.equal(ours, theirs)
+    parts = population.by_batch(population.losses(theta))
+    for batch, losses in zip(population.batches, parts, strict=True):
+        torch.testing.assert_close(losses, batch.family.loss(batch.params, batch.data))
+
+
+def test_gradient_is_each_tasks_own() -> None:
+    population = Population([TaskBatch.draw(Parabola(), 2, 0), TaskBatch.draw(Parabola(), 2, 1)])
+    theta = population.initial_params()
+    scale = torch.cat([batch.data["scale"] for batch in population.batches])
+    expected = 2 * theta * population.layout.to_params(population.layout.to_tensors(scale))
+    torch.testing.assert_close(population.gradient(theta), expected)
+
+
+def test_split_and_join_are_inverse() -> None:
+    for preset in ("default", "paper"):
+        rule = HierarchicalRNN(RuleConfig.preset(preset, readouts=("direction", "attention")))
+        population = make_population()
+        progress = unroll(rule, population, begin(rule, population, LOG_RATE), 2, set()).progress.detach()
+        again = join(population.split(progress))
+        assert torch.equal(progress.theta, again.theta)
+        assert torch.equal(progress.lookahead, again.lookahead)
+        assert all(torch.equal(a, b) for a, b in zip(progress.state, again.state, strict=True))
+
+
+@pytest.mark.parametrize("readouts", [("direction",), ("direction", "attention")])
+def test_inner_training_is_what_the_optimizer_does(readouts: tuple[str, ...]) -> None:
+    rule = HierarchicalRNN(RuleConfig(readouts=readouts))
+    tasks = TaskBatch.draw(Parabola(), 1, 0)
+    population = Population([tasks])
+    with torch.no_grad():
+        result = unroll(rule, population, begin(rule, population, LOG_RATE), 10, {9})
+    params = [torch.nn.Parameter(value[0].clone()) for value in tasks.params]
+    optimizer = HRNN(params, weights=rule, initial_rate=1e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        with optimizer.attend():
+            tasks.family.loss([param[None] for param in params], tasks.data).sum().backward()
+        optimizer.step()
+    ours = torch.cat([param.detach().reshape(-1) for param in params])
+    torch.testing.assert_close(ours, result.progress.theta, rtol=1e-4, atol=1e-6)
+
+
+def window_loss(rule: HierarchicalRNN, population: Population, second_order: bool) -> Tensor:
+    result = unroll(rule, population, begin(rule, population, LOG_RATE), 6, {2, 5}, second_order=second_order)
+    return LogRatio()(result.losses, population.losses(population.initial_params())).mean()
+
+
+def test_second_order_meta_gradient_matches_finite_differences(double_precision: None) -> None:
+    rule = HierarchicalRNN(RuleConfig(readouts=("direction", "attention")))
+    population = Population([TaskBatch.draw(Parabola(), 2, 0)])
+    with torch.no_grad():
+        for value in rule.rate.parameters():
+            value += 0.1 * torch.randn_like(value)
+    window_loss(rule, population, second_order=True).backward()
+    direction = [torch.randn_like(value) for value in rule.parameters()]
+    slope = sum(float((value.grad * d).sum()) for value, d in zip(rule.parameters(), direction, strict=True))
+    shifted = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for value, d in zip(rule.parameters(), direction, strict=True):
+                value += sign * 1e-5 * d
+            shifted.append(float(window_loss(rule, population, second_order=True)))
+            for value, d in zip(rule.parameters(), direction, strict=True):
+                value -= sign * 1e-5 * d
+    assert slope == pytest.approx((shifted[0] - shifted[1]) / 2e-5, rel=1e-4)
+
+
+def test_first_order_takes_gradients_as_constants(double_precision: None) -> None:
+    rule = HierarchicalRNN()
+    population = Population([TaskBatch.draw(Parabola(), 2, 0)])
+    grads = []
+    for second_order in (False, True):
+        rule.zero_grad()
+        window_loss(rule, population, second_order).backward()
+        grads.append(torch.cat([value.grad.reshape(-1) for value in rule.parameters()]))
+    assert not torch.allclose(grads[0], grads[1])
+    assert torch.cosine_similarity(grads[0], grads[1], dim=0) > 0.5
+
+
+@pytest.fixture
+def double_precision() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class TestLogRatio:
+    def test_counts_on_a_log_scale_down_to_the_floor(self) -> None:
+        loss = LogRatio(floor=1e-6)
+        initial = torch.tensor([1.0, 50.0])
+        torch.testing.assert_close(loss(0.01 * initial, initial), torch.full((2,), math.log(0.01)), rtol=1e-3, atol=0)
+        assert float(loss(torch.zeros(1), torch.ones(1))) == pytest.approx(math.log(1e-6), rel=1e-3)
+
+    def test_divergence_costs_but_does_not_own_the_update(self) -> None:
+        loss = LogRatio(cap=2.0)
+        losses = torch.tensor([math.exp(1.0), math.exp(12.0), 1e30, math.inf, math.nan], requires_grad=True)
+        scores = loss(losses, torch.ones(5))
+        torch.testing.assert_close(scores, torch.tensor([1.0, 3.0, 4.0, 4.0, 4.0]), rtol=1e-3, atol=1e-3)
+        scores.sum().backward()
+        assert losses.grad.isfinite().all()
+        assert losses.grad[:2].gt(0).all()
+        assert loss.diverged(scores.detach()).tolist() == [False, True, True, True, True]
+
+    def test_refuses_negative_losses_and_settings(self) -> None:
+        with pytest.raises(ValueError, match="loss is negative"):
+            LogRatio()(torch.tensor([-1.0]), torch.ones(1))
+        with pytest.raises(ValueError, match="must be positive"):
+            LogRatio(floor=0.0)
+
+
+class TestPool:
+    def test_streams_of_ranks_share_no_task_and_repeat_by_seed(self) -> None:
+        corpus = get_corpus("quick")
+        seeds = [[TaskStream(corpus, 2, 0, rank, 3).next_seed() for _ in range(1)] for rank in range(3)]
+        assert len({seed for rank in seeds for seed in rank}) == 3
+        one, two = TaskStream(corpus, 2, 7), TaskStream(corpus, 2, 7)
+        a, b = (stream.draw(stream.next_seed()) for stream in (one, two))
+        assert a.family.name == b.family.name
+        assert all(torch.equal(x, y) for x, y in zip(a.params, b.params, strict=True))
+
+    def test_lives_grow_and_stay_in_range(self) -> None:
+        lives = Lives(shortest=10, first_longest=100, longest=1000, growth_steps=100)
+        assert lives.upper(0) == pytest.approx(100)
+        assert lives.upper(50) == pytest.approx(math.sqrt(1e5))
+        assert lives.upper(10**6) == pytest.approx(1000)
+        drawn = [lives.draw(random.Random(i), 0) for i in range(200)]
+        assert 10 <= min(drawn) < 20
+        assert 80 < max(drawn) <= 100
+        with pytest.raises(ValueError, match="shortest <= first_longest"):
+            Lives(shortest=10, first_longest=5)
+
+    def test_tasks_age_and_make_room(self) -> None:
+        rule, stream = HierarchicalRNN(), TaskStream(Parabola(), 2, 0)
+        pool = TaskPool(3, Lives(20, 40, 40, 1), rates=(1e-3, 1e-2))
+        seeds = set()
+        for _ in range(6):
+            pool.refill(stream, rule, 0, "cpu")
+            assert all(place.age < place.life for place in pool)
+            seeds |= {place.seed for place in pool}
+            population = pool.population()
+            pool.advance(population, unroll(rule, population, pool.start(rule), 10, set()).progress, 10)
+        assert len(seeds) > 3
+        assert not any(value.requires_grad for place in pool for value in place.progress.state)
+
+    def test_a_pool_comes_back_as_it_was(self) -> None:
+        rule, stream = HierarchicalRNN(), TaskStream(get_corpus("quick"), 2, 0)
+        pool, twin = (TaskPool(3, Lives(20, 40, 40, 1), rates=(1e-3, 1e-2)) for _ in range(2))
+        pool.refill(stream, rule, 0, "cpu")
+        population = pool.population()
+        pool.advance(population, unroll(rule, population, pool.start(rule), 5, set()).progress, 5)
+        twin.load_state_dict(pool.state_dict(), TaskStream(get_corpus("quick"), 2, 0), "cpu")
+        thetas = []
+        for each in (pool, twin):
+            population = each.population()
+            with torch.no_grad():
+                thetas.append(unroll(rule, population, each.start(rule), 5, set()).progress.theta)
+        assert torch.equal(*thetas)
+
+    def test_a_task_that_blew_up_is_replaced(self) -> None:
+        rule, stream = HierarchicalRNN(), TaskStream(Parabola(), 2, 0)
+        pool = TaskPool(2, Lives(100, 100, 100, 1), rates=(1e-3, 1e-2))
+        pool.refill(stream, rule, 0, "cpu")
+        lost = pool.places[0].seed
+        pool.places[0].progress.theta[1] = math.inf
+        pool.refill(stream, rule, 0, "cpu")
+        assert lost not in {place.seed for place in pool}
+        assert len(pool.places) == 2
+
+
+def make_trainer(path: Path, max_steps: int, **options: Any) -> Trainer:
+    return Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        gradient_clip_val=0.1,
+        logger=CSVLogger(path / "logs", flush_logs_every_n_steps=1),
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def make_learner(**options: Any) -> MetaLearner:
+    torch.manual_seed(3)
+    settings: dict[str, Any] = {
+        "places": 3,
+        "window": 10,
+        "scored_steps": 3,
+        "learning_rate": 3e-3,
+        "warmup_steps": 5,
+        "lives": Lives(20, 60, 60, 1),
+        "rates": (1e-3, 1e-2),
+        **options,
+    }
+    return MetaLearner(**settings)
+
+
+def test_the_meta_loss_falls(tmp_path: Path) -> None:
+    def first_and_last(steps: int) -> float:
+        trainer = make_trainer(tmp_path / str(steps), steps, limit_val_batches=0, enable_checkpointing=False)
+        trainer.fit(make_learner(window=20, lives=Lives(20, 20, 20, 1)), TaskDataModule("quick", family=Parabola()))
+        rows = (tmp_path / str(steps) / "logs").rglob("metrics.csv")
+        table = [line.split(",") for line in next(rows).read_text().splitlines()]
+        column = table[0].index("meta_loss")
+        values = [float(row[column]) for row in table[1:] if row[column]]
+        assert sum(values[-10:]) / 10 < sum(values[:10]) / 10 - 0.1
+        return values[-1]
+
+    assert first_and_last(60) < 0
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    data = {"instances": 2, "epoch_steps": 4, "validation": ["wide-mlp"], "validation_steps": 4}
+    whole = make_learner()
+    make_trainer(tmp_path / "whole", 8, limit_val_batches=0, enable_checkpointing=False).fit(
+        whole, TaskDataModule("quick", **data)
+    )
+    checkpoint = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=4)
+    first = make_learner()
+    make_trainer(tmp_path / "part", 4, limit_val_batches=0, callbacks=[checkpoint]).fit(
+        first, TaskDataModule("quick", **data)
+    )
+    resumed = make_learner()
+    make_trainer(tmp_path / "part", 8, limit_val_batches=0, enable_checkpointing=False).fit(
+        resumed, TaskDataModule("quick", **data), ckpt_path=str(tmp_path / "kept" / "last.ckpt")
+    )
+    stored = torch.load(tmp_path / "kept" / "last.ckpt", weights_only=False)
+    assert [place["age"] for place in stored["task_pool"]["places"]]
+    for ours, theirs in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_the_best_weights_are_exported_with_a_card(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    export = WeightsExport(str(path), notes={"by": "a test"})
+    data = TaskDataModule("quick", instances=2, epoch_steps=3, seed=5, validation=["wide-mlp"], validation_steps=20)
+    learner = make_learner()
+    make_trainer(tmp_path, 6, callbacks=[export], enable_checkpointing=False).fit(learner, data)
+    rule = load_pretrained(path)
+    assert rule.card["corpus"] == "quick"
+    assert rule.card["seed"] == 5
+    assert rule.card["by"] == "a test"
+    assert rule.card["val/regret"] == pytest.approx(export.best, abs=1e-3)
+    assert set(rule.card["validation"]) == {"wide-mlp"}
+    assert HRNN([torch.nn.Parameter(torch.ones(2))], weights=path).uses_attention is False
+    started = make_learner(weights=str(path))
+    assert torch.equal(started.rule.decay_bias, rule.decay_bias)
+
+
+def test_meta_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
+    class Broken(MetaLearner):
+        def on_after_backward(self) -> None:
+            if self.global_step == 0 and self.skipped_meta_steps < 2:
+                self.rule.decay_bias.grad[0] = math.nan
+
+    torch.manual_seed(0)
+    learner = Broken(places=1, window=5, scored_steps=2, lives=Lives(10, 10, 10, 1))
+    before = learner.rule.decay_bias.detach().clone()
+    make_trainer(tmp_path, 4, limit_val_batches=0, enable_checkpointing=False).fit(
+        learner, TaskDataModule(family=Parabola(), instances=2)
+    )
+    assert learner.skipped_meta_steps >= 1
+    assert all(value.isfinite().all() for value in learner.rule.parameters())
+    assert not torch.equal(before, learner.rule.decay_bias)
+
+
+def test_validation_compares_with_tuned_adam_past_the_horizon() -> None:
+    outcome = ValidationRun("wide-mlp", 60).run(load_pretrained(), initial_rate=1e-3)
+    assert outcome.losses.shape == outcome.baseline.shape
+    assert outcome.regret == pytest.approx(float((outcome.losses.log() - outcome.baseline.log()).mean()), rel=1e-3)
+    assert outcome.baseline[-1].mean() < outcome.baseline[0].mean()
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="scored_steps must be between 1 and window=10"):
+        make_learner(scored_steps=11)
+    with pytest.raises(ValueError, match=r"averaging must be in \[0, 1\)"):
+        make_learner(averaging=1.0)
+    with pytest.raises(ValueError, match="Unknown engine 'gpu9'"):
+        make_learner(engine="gpu9")
+    with pytest.raises(ValueError, match="First rates need"):
+        make_learner(rates=(1.0, 0.1))
+    with pytest.raises(ValueError, match="at least one place"):
+        make_learner(places=0)
+    with pytest.raises(ValueError, match=r"unknown corpus 'big'; known: .*quick"):
+        TaskDataModule("big")
+    with pytest.raises(ValueError, match="instances must be at least 1"):
+        TaskDataModule("quick", instances=0)
+    with pytest.raises(ValueError, match="Unknown validation tasks"):
+        validation_suite(["resnet"])
+    with pytest.raises(ValueError, match=r"exported as \.safetensors"):
+        WeightsExport("a.pt").setup(None, make_learner(), "fit")  # type: ignore[arg-type]

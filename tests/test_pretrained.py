@@ -1,0 +1,148 @@
+"""Weights and their cards: saved, found, checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.pretrained import (
+    DEFAULT_WEIGHTS,
+    WEIGHTS_FOLDER,
+    WeightsError,
+    available_weights,
+    fingerprint,
+    load_pretrained,
+    read_card,
+    save_pretrained,
+)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    return save_pretrained(HierarchicalRNN(), tmp_path / "mine.safetensors", {"initial_rate": 0.01, "corpus": "quick"})
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "summary"])
+def test_what_is_saved_is_loaded(tmp_path: Path, preset: str) -> None:
+    rule = HierarchicalRNN(RuleConfig.preset(preset, readouts=("direction", "attention")))
+    loaded = load_pretrained(save_pretrained(rule, tmp_path / "deep" / "mine.safetensors", {"seed": 3}))
+    assert loaded.config == rule.config
+    assert fingerprint(loaded) == fingerprint(rule)
+    assert loaded.card["seed"] == 3
+    assert loaded.card["name"] == "mine"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_fingerprint_tells_rules_apart() -> None:
+    rule = HierarchicalRNN()
+    before = fingerprint(rule)
+    with torch.no_grad():
+        rule.decay_bias[0] += 1e-6
+    assert fingerprint(rule) != before
+
+
+@pytest.mark.parametrize("name", available_weights())
+def test_shipped_weights_load_offline_with_a_true_card(name: str) -> None:
+    rule = load_pretrained(name)
+    card = read_card(name)
+    assert card["name"] == name
+    for key in ("corpus", "corpus_version", "seed", "meta_steps", "horizon", "package_version", "initial_rate"):
+        assert key in card, key
+    assert (WEIGHTS_FOLDER / f"{name}.safetensors").stat().st_size < 100_000
+    assert rule.config == RuleConfig(**card["config"])
+
+
+def test_default_weights_are_shipped() -> None:
+    assert DEFAULT_WEIGHTS in available_weights()
+
+
+def test_optimizer_starts_from_the_rate_on_the_card(saved: Path) -> None:
+    optimizer = HRNN([torch.nn.Parameter(torch.ones(3))], weights=saved)
+    assert optimizer.log_rates()[0].exp().item() == pytest.approx(0.01)
+    assert optimizer.weights_name == str(saved)
+
+
+def test_a_damaged_file_is_refused(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    content[-5] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"is damaged: its checksum is .* Install the package again"):
+        HRNN([torch.nn.Parameter(torch.ones(3))], weights=saved)
+
+
+def test_a_truncated_file_is_refused(saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes()[:100])
+    with pytest.raises(WeightsError, match="is damaged"):
+        load_pretrained(saved)
+
+
+def edit_card(path: Path, **changes: object) -> None:
+    card = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**card, **changes}))
+
+
+def test_a_card_of_another_rule_is_refused(saved: Path) -> None:
+    config = json.loads(saved.with_suffix(".json").read_text())["config"]
+    edit_card(saved, config={**config, "param_hidden": 11})
+    with pytest.raises(WeightsError, match="does not hold the rule that its card describes"):
+        load_pretrained(saved)
+    edit_card(saved, config={**config, "flavour": "vanilla"})
+    with pytest.raises(WeightsError, match="another version of lightning-hrnn"):
+        load_pretrained(saved)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    rule = HierarchicalRNN()
+    with torch.no_grad():
+        rule.decay_bias[0] = float("nan")
+    path = save_pretrained(rule, tmp_path / "bad.safetensors", {})
+    with pytest.raises(WeightsError, match="not finite"):
+        load_pretrained(path)
+
+
+def test_missing_card_missing_file_unknown_name(saved: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "alone" / "mine.safetensors"
+    copied.parent.mkdir()
+    shutil.copy(saved, copied)
+    with pytest.raises(WeightsError, match=r"has no card: mine\.json should lie beside it"):
+        load_pretrained(copied)
+    with pytest.raises(WeightsError, match="There is no weights file"):
+        load_pretrained(tmp_path / "none.safetensors")
+    with pytest.raises(WeightsError, match=rf"Unknown weights 'hrnn-v99': choose from .*{DEFAULT_WEIGHTS}"):
+        load_pretrained("hrnn-v99")
+    with pytest.raises(WeightsError, match="Unknown weights"):
+        load_pretrained("../weights/hrnn-v0")
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", '{"config": {}}', "\x00\x01"])
+def test_a_card_that_is_not_one_is_refused(saved: Path, text: str) -> None:
+    saved.with_suffix(".json").write_text(text)
+    with pytest.raises(WeightsError, match="is not a card"):
+        load_pretrained(saved)
+
+
+def test_other_suffixes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"saved as \.safetensors, not \.pt"):
+        save_pretrained(HierarchicalRNN(), tmp_path / "mine.pt", {})
+
+
+def test_unknown_presets_parts_and_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Unknown preset 'big': choose from \['default', 'paper', 'summary'\]"):
+        RuleConfig.preset("big")
+    with pytest.raises(ValueError, match=r"Unknown features \['loss'\]"):
+        RuleConfig(features=("loss",))
+    with pytest.raises(ValueError, match="Unknown direction 'up'"):
+        RuleConfig(direction="up")
+    with pytest.raises(ValueError, match="param_hidden must be at least 1"):
+        RuleConfig(param_hidden=0)
+    with pytest.raises(ValueError, match="drift_power must be positive"):
+        RuleConfig(drift_power=-1.0)
+    with pytest.raises(ValueError, match="needs the readout 'direction' first"):
+        RuleConfig(readouts=("attention",))
