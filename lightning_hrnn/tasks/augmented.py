@@ -85,7 +85,8 @@ def random_classification(rng: random.Random, low: int, high: int) -> Dataset:
     label_noise = rng.choice([0.0, 0.0, 0.05, 0.2])
     if rng.random() < 0.5:
         return Teacher(inputs, classes, label_noise, hidden=log_integer(rng, 4, 32))
-    return Clusters(inputs, classes, label_noise, rng.randint(1, 4), separation=log_uniform(rng, 0.3, 3))
+    separation = log_uniform(rng, 1, 6) / math.sqrt(inputs.features)  # centres lie about 1.4-8 deviations apart
+    return Clusters(inputs, classes, label_noise, rng.randint(1, 4), separation)
 
 
 def random_activation(rng: random.Random) -> str:

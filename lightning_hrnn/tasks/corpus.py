@@ -79,7 +79,7 @@ CORPORA: dict[str, Corpus] = {
     for corpus in (
         Corpus(
             "quick",
-            "1",
+            "2",
             _equal(
                 (
                     "random-quadratic",
@@ -99,7 +99,7 @@ CORPORA: dict[str, Corpus] = {
         Corpus("released", "1", _equal(released.RELEASED) | LARGE),
         Corpus(
             "extended",
-            "1",
+            "2",
             _equal((name for name in released.RELEASED if name != "quadratic-large"), 0.15)
             | {
                 "random-quadratic": 1.0,
