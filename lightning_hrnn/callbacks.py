@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -37,9 +37,10 @@ __all__ = ["HRNNOptimizerCallback", "configure_hrnn", "hrnn_optimizers"]
 REFUSED_STRATEGIES = {
     FSDPStrategy: "FSDP1 flattens parameters into one, which hides the tensors whose statistics HRNN needs",
     DeepSpeedStrategy: "DeepSpeed takes the step itself, on its own copies of the parameters",
+    ModelParallelStrategy: "the statistics of a tensor do not yet span its shards",
 }
 NOTE = "hrnn"  # the key by which the state of `HRNN` tells itself from others
-SUSPICIOUS_LR = 0.02  # of the multiplier at the start: who writes less most likely means a step length
+SUSPICIOUS_LR = 0.02  # of the lr at the start: who writes less most likely means a step length
 
 
 class HRNNOptimizerCallback(Callback):
@@ -80,7 +81,7 @@ class HRNNOptimizerCallback(Callback):
         initial_rate: float | None = None,
     ) -> None:
         self.options = HRNNOptions(weights, lr, weight_decay, schedulers, kernel, initial_rate)
-        self._suspicious_below: list[list[float]] = []  # by optimizer and param group
+        self._at_start: list[list[float]] = []  # lr by optimizer and param group, while there is something to notice
 
     # -- injection
 
@@ -157,7 +158,7 @@ class HRNNOptimizerCallback(Callback):
             checkpoint.setdefault("callbacks", {})[self.state_key] = {"weights": names}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume what another optimizer began, before anything is restored from it."""
+        """Refuse to resume what another optimizer began."""
         if trainer.state.fn == TrainerFn.FITTING and any(
             state and NOTE not in state for state in checkpoint.get("optimizer_states", [])
         ):
@@ -171,23 +172,21 @@ class HRNNOptimizerCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the multipliers, to notice who takes them for step lengths."""
-        scheduled = self.options.schedulers == "keep"
-        self._suspicious_below = [
-            [0.0 if scheduled else group["lr"] * SUSPICIOUS_LR for group in optimizer.param_groups]
-            for optimizer in _hrnns(trainer)
-        ]
+        keeps = self.options.schedulers == "keep"
+        self._at_start = [[group["lr"] for group in opt.param_groups] for opt in _hrnns(trainer) if not keeps]
 
     def _warn_of_step_lengths(self, trainer: Trainer) -> None:
         """Warn once if something has written a learning rate that looks like a step length."""
-        for optimizer, limits in zip(_hrnns(trainer), self._suspicious_below, strict=False):
-            for index, (group, limit) in enumerate(zip(optimizer.param_groups, limits, strict=False)):
-                if 0 < group["lr"] < limit:
-                    self._suspicious_below = []
+        for optimizer, at_start in zip(_hrnns(trainer), self._at_start, strict=False):
+            for index, group in enumerate(optimizer.param_groups):
+                before = at_start[index] if index < len(at_start) else max(at_start)
+                if 0 < group["lr"] < before * SUSPICIOUS_LR:
+                    self._at_start = []
                     rank_zero_warn(
                         f"Something set the lr of param group {index} to {group['lr']:g}. For HRNN it is a multiplier "
-                        f"of the learned rates (at the start {limit / SUSPICIOUS_LR:g}), not a step length: it will "
-                        "barely train. Look for a warm-up in `optimizer_step`, or for the learning rates given to a "
-                        "callback such as StochasticWeightAveraging, LearningRateFinder or BackboneFinetuning."
+                        f"of the learned rates (at the start {before:g}), not a step length: the group will barely "
+                        "train. Look for a warm-up in `optimizer_step`, or for a learning rate given to a callback "
+                        "such as StochasticWeightAveraging or BackboneFinetuning."
                     )
                     return
 
@@ -263,8 +262,7 @@ def _check_trainer(trainer: Trainer) -> None:
     for strategy, reason in REFUSED_STRATEGIES.items():
         if isinstance(trainer.strategy, strategy):
             raise MisconfigurationException(
-                f"HRNN cannot train under {type(trainer.strategy).__name__}: {reason}. Use "
-                "Trainer(strategy='ddp'), or ModelParallelStrategy (FSDP2) to shard parameters."
+                f"HRNN cannot train under {type(trainer.strategy).__name__}: {reason}. Use Trainer(strategy='ddp')."
             )
 
 
