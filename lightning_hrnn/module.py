@@ -137,8 +137,9 @@ class MetaLearner(LightningModule):
         self.skipped_meta_steps += 1
         optimizer.zero_grad(set_to_none=True)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Move the weight average."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the meta-step, and move the weight average before any checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
         self.average.update_parameters(self.rule)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

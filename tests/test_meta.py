@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -273,6 +273,17 @@ def test_the_meta_loss_falls(tmp_path: Path) -> None:
     assert first_and_last(60) < 0
 
 
+class Kill(Callback):
+    """Stop a run in the middle."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.at:
+            raise RuntimeError("killed")
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     data = {"instances": 2, "epoch_steps": 4, "validation": ["wide-mlp"], "validation_steps": 4}
@@ -281,10 +292,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         whole, TaskDataModule("quick", **data)
     )
     checkpoint = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=4)
-    first = make_learner()
-    make_trainer(tmp_path / "part", 4, limit_val_batches=0, callbacks=[checkpoint]).fit(
-        first, TaskDataModule("quick", **data)
-    )
+    killed = make_trainer(tmp_path / "part", 8, limit_val_batches=0, callbacks=[checkpoint, Kill(at=5)])
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.fit(make_learner(), TaskDataModule("quick", **data))
     resumed = make_learner()
     make_trainer(tmp_path / "part", 8, limit_val_batches=0, enable_checkpointing=False).fit(
         resumed, TaskDataModule("quick", **data), ckpt_path=str(tmp_path / "kept" / "last.ckpt")
