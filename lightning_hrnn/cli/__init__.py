@@ -19,6 +19,12 @@ COMMANDS = {
 }
 """Commands and what they do; `x-y` lives in the module `lightning_hrnn.cli.x_y` as `run(arguments)`."""
 
+BETWEEN_LIBRARIES: tuple[tuple[str, type[Warning]], ...] = (
+    (".*LeafSpec.* is deprecated", FutureWarning),  # of torch
+    (r"(?s).*(JsonargparseDeprecationWarning|removed\s+in\s+v5\.0\.0)", DeprecationWarning),
+)
+"""Warnings that Lightning 2.6 does things as other libraries no longer like; a user cannot mend them."""
+
 EXAMPLES = f"""\
   {PROGRAM} demo
   {PROGRAM} train fit --config recipes/digits.yaml
@@ -39,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    # Lightning 2.6 asks torch in a way that torch is giving up; no user can mend it.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+    for message, category in BETWEEN_LIBRARIES:
+        warnings.filterwarnings("ignore", message, category)
     with reporting_errors(debug) as outcome:
         if arguments and arguments[0] in COMMANDS:
             command = import_module(f"{__name__}.{arguments[0].replace('-', '_')}")

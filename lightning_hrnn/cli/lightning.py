@@ -18,7 +18,10 @@ class CommandCLI(LightningCLI):
     """`LightningCLI` with `--out DIR` for metrics, a report and its figure."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `--out`."""
+        """Add `--out`; a concrete class of module or data is what runs unless the user names a subclass."""
+        for key, given in (("model", self.model_class), ("data", self.datamodule_class)):
+            if isinstance(given, type) and given is not LightningModule:
+                parser.set_defaults({key: {"class_path": f"{given.__module__}.{given.__qualname__}"}})
         parser.add_argument(
             "--out",
             type=str | None,
@@ -68,22 +71,20 @@ class CommandCLI(LightningCLI):
 def run_lightning(
     arguments: Sequence[str],
     module: type[LightningModule],
-    data: type[LightningDataModule],
+    data: type[LightningDataModule] | None,
     prog: str,
     description: str,
     examples: str,
-    subclasses: bool,
 ) -> None:
     """Run one of Lightning's subcommands.
 
     Args:
         arguments: The subcommand and its options.
-        module: The module's class.
-        data: The data module's class.
+        module: The module's class; the user may name any subclass.
+        data: The data module's class; the user may name any subclass. None lets the user name any or none.
         prog: The command, as the user types it.
         description: What the help says first.
         examples: What the help says last.
-        subclasses: Whether the user names the classes, which are any subclasses of these.
     """
     subcommands = {name: parser_options() for name in CommandCLI.subcommands()}
     CommandCLI(
@@ -91,7 +92,7 @@ def run_lightning(
         data,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": prog, "description": description, **parser_options(examples), **subcommands},
-        subclass_mode_model=subclasses,
-        subclass_mode_data=subclasses,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
         args=list(arguments),
     )

@@ -25,5 +25,4 @@ def run(arguments: Sequence[str]) -> None:
         prog=f"{PROGRAM} meta-train",
         description="Meta-train the learned optimizer on a corpus of tasks; `fit --help` shows the options.",
         examples=EXAMPLES,
-        subclasses=False,
     )

@@ -14,7 +14,10 @@ from lightning_hrnn.evaluation.report import Column, Report
 
 Curve = tuple[list[float], list[float]]
 NOT_CURVES = ("step", "epoch")
+STAGES = ("train", "val", "test")
 MOST_PANELS = 4
+MOST_CURVES = 8
+"""In one panel; more cannot be told apart."""
 
 
 def write_run_report(out: Path, command: str, trainer: Trainer) -> Report:
@@ -30,7 +33,7 @@ def write_run_report(out: Path, command: str, trainer: Trainer) -> Report:
     """
     figures = {}
     config = Path(trainer.log_dir or out, "config.yaml")
-    panels = _panels(read_curves(out / "metrics.csv"))
+    panels = panels_of(read_curves(out / "metrics.csv"))
     if panels:
         plot_panels(panels, out / "curves.png", command)
         figures["curves.png"] = "What was logged, against steps"
@@ -61,11 +64,18 @@ def read_curves(path: Path) -> dict[str, Curve]:
     return {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
 
 
-def _panels(curves: dict[str, Curve]) -> list[Panel]:
-    """Return a panel for each quantity; `train/loss` and `val/loss` share one."""
+def panels_of(curves: dict[str, Curve]) -> list[Panel]:
+    """Return a panel for each quantity that changes.
+
+    `train/loss` and `val/loss` share a panel, and so do `loss/a` and `loss/b`; losses come first.
+    """
     quantities: dict[str, dict[str, Curve]] = defaultdict(dict)
     for name, curve in curves.items():
-        quantities[name.rpartition("/")[2]][name] = curve
+        first, _, last = name.rpartition("/")
+        quantity = quantities[last if first in STAGES or not first else first]
+        if len(set(curve[1])) > 1 and len(quantity) < MOST_CURVES:
+            quantity[name] = curve
+    quantities = {name: shown for name, shown in quantities.items() if shown}
     shown = sorted(quantities, key=lambda quantity: ("loss" not in quantity, quantity))[:MOST_PANELS]
     return [
         Panel(quantity, "optimizer steps", quantity, quantities[quantity], log=_spans_decades(quantities[quantity]))

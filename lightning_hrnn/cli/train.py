@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 
 from lightning_hrnn.cli.lightning import run_lightning
 from lightning_hrnn.cli.parser import PROGRAM
@@ -26,11 +26,10 @@ def run(arguments: Sequence[str]) -> None:
     run_lightning(
         arguments,
         LightningModule,
-        LightningDataModule,
+        None,
         prog=f"{PROGRAM} train",
         description="Train, validate, test or predict with any LightningModule; `fit --help` shows the options.",
         examples=EXAMPLES,
-        subclasses=True,
     )
 
 

@@ -1,0 +1,263 @@
+"""The command line: help, errors in one line, info, Lightning's subcommands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.images import write_idx_set
+
+from lightning_hrnn.cli import COMMANDS, main
+from lightning_hrnn.cli.errors import explain, reporting_errors
+from lightning_hrnn.cli.run_report import panels_of, read_curves
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, WEIGHTS_FOLDER, WeightsError
+from lightning_hrnn.version import __version__
+from lightning_hrnn.vision import FashionMNISTData
+
+DIGITS = str(Path(__file__).parents[1] / "recipes" / "digits.yaml")
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs write below the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail with one line of complaint; return that line."""
+
+    def run(*arguments, status=1):
+        assert main(list(arguments)) == status
+        complaints = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("INFO")]
+        assert "Traceback" not in "\n".join(complaints)
+        assert complaints[-1].startswith("lightning-hrnn: error: ")
+        assert [line for line in complaints[:-1] if not line.startswith("Seed set")] == []
+        return complaints[-1]
+
+    return run
+
+
+# -- help and start-up
+
+
+def test_help_comes_without_torch():
+    code = (
+        "import sys; from lightning_hrnn.cli import main; status = main(['--help']);"
+        "heavy = {'torch', 'lightning', 'torchvision', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else status)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    for name in COMMANDS:
+        assert f"\n    {name} " in shown.stdout
+    assert "lightning-hrnn train fit --config recipes/digits.yaml" in shown.stdout
+
+
+def test_the_module_runs_as_the_command():
+    shown = subprocess.run(
+        [sys.executable, "-m", "lightning_hrnn", "--version"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.split() == ["lightning-hrnn", __version__]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command, capsys):
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: lightning-hrnn {command} ")
+    assert f"examples:\n  lightning-hrnn {command}" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "{demo,train,meta-train,info}"),
+        (["fly"], "'fly'"),
+        (["info", "--jsn"], "--jsn"),
+        (["train"], "{fit,validate,test,predict}"),
+        (["demo", "--data", "cats"], "cats"),
+        (["demo", "--steps", "0"], "steps"),
+    ],
+)
+def test_wrong_arguments_are_named(fails, arguments, named):
+    assert named in fails(*arguments, status=2)
+
+
+# -- errors
+
+
+def test_a_missing_extra_is_named():
+    text = explain(ModuleNotFoundError("No module named 'torchmetrics'", name="torchmetrics"))
+    assert text.endswith("Install it with `pip install 'lightning-hrnn[vision]'`.")
+    assert explain(ModuleNotFoundError("No module named 'foo'", name="foo")) == "No module named 'foo'"
+
+
+def test_our_own_bugs_keep_their_traceback():
+    with pytest.raises(TypeError), reporting_errors():
+        raise TypeError("a bug")
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(WeightsError, match="nope"):
+        main(["info", "--weights", "nope", "--debug"])
+    with pytest.raises(WeightsError, match="nope"):
+        main(["--debug", "info", "--weights", "nope"])
+
+
+def test_an_interrupt_is_no_traceback(capsys):
+    with reporting_errors() as outcome:
+        raise KeyboardInterrupt
+    assert outcome.status == 130
+    assert capsys.readouterr().err == "lightning-hrnn: error: interrupted\n"
+
+
+# -- info
+
+
+def test_info_shows_weights_kernels_and_versions(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for expected in (
+        f"weights {DEFAULT_WEIGHTS} (default)",
+        "verified, sha256",
+        "kernels",
+        "eager",
+        torch.__version__[:5],
+    ):
+        assert expected in shown
+
+
+def test_info_as_json_holds_the_cards(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (default,) = [weights for weights in facts["weights"] if weights["default"]]
+    assert default["name"] == DEFAULT_WEIGHTS
+    assert default["card"] == json.loads((WEIGHTS_FOLDER / f"{DEFAULT_WEIGHTS}.json").read_text())
+    assert default["meta_parameters"] > 5000
+    assert facts["kernels"]["eager"] == "available"
+    assert facts["versions"]["lightning-hrnn"] == __version__
+
+
+def copy_of_weights(folder):
+    for suffix in (".safetensors", ".json"):
+        (folder / f"mine{suffix}").write_bytes((WEIGHTS_FOLDER / f"{DEFAULT_WEIGHTS}{suffix}").read_bytes())
+    return folder / "mine.safetensors"
+
+
+def test_info_verifies_a_file(tmp_path, capsys):
+    assert main(["info", "--json", "--weights", str(copy_of_weights(tmp_path))]) == 0
+    (weights,) = json.loads(capsys.readouterr().out)["weights"]
+    assert weights["checksum"] == "verified"
+
+
+@pytest.mark.parametrize("command", [["info"], ["demo"]])
+def test_damaged_weights_are_named(tmp_path, fails, command):
+    weights = copy_of_weights(tmp_path)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert f"{weights} is damaged: its checksum is" in fails(*command, "--weights", str(weights))
+
+
+# -- train
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "status"),
+    [
+        (["--model.widht", "3"], "'widht' is not accepted", 2),
+        (["--trainer.max_epoch", "3"], "--trainer.max_epoch", 2),
+        (["--trainer.max_epochs", "many"], "trainer.max_epochs", 2),
+        (["--config", "nowhere.yaml"], "nowhere.yaml", 2),
+        (["--model", "nowhere.Module"], "No module named 'nowhere'", 2),
+        (["--model.model", "resnet188"], "similar names: resnet18", 1),
+        (
+            ["--trainer.callbacks+=HRNNOptimizerCallback", "--trainer.callbacks.weights", "nope"],
+            "Unknown weights 'nope'",
+            1,
+        ),
+    ],
+)
+def test_train_names_what_is_wrong(fails, arguments, named, status):
+    assert named in fails("train", "fit", "--config", DIGITS, *arguments, status=status)
+
+
+@pytest.mark.parametrize("command", [["demo", "--data", "fashion-mnist", "--data-dir", "gone"], ["train", "fit"]])
+def test_missing_data_are_one_clear_error(tmp_path, fails, monkeypatch, command):
+    monkeypatch.setattr(FashionMNISTData, "debian", tmp_path / "debian")
+    if command[0] == "train":
+        recipe = DIGITS.replace("digits", "fashion_mnist")
+        command += ["--config", recipe, "--data.data_dir", "gone", "--trainer.logger", "false", *QUIET]
+    complaint = fails(*command)
+    assert "FashionMNIST not found: neither 'gone'" in complaint
+    assert "apt-get install dataset-fashion-mnist" in complaint
+
+
+def test_a_printed_configuration_prints_itself_again(tmp_path, capsys):
+    assert main(["train", "fit", "--config", DIGITS, "--model.lr", "0.5", "--print_config"]) == 0
+    first = capsys.readouterr().out
+    assert "lr: 0.5" in first
+    (tmp_path / "mine.yaml").write_text(first)
+    assert main(["train", "fit", "--config", "mine.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Lightning's, of a second run
+def test_train_reports_and_its_checkpoint_tests_alike(tmp_path):
+    assert main(["train", "fit", "--config", DIGITS, "--trainer.max_epochs", "2", "--out", "out", *QUIET]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    metrics = {row["metric"]: row["value"] for row in report["results"]}
+    assert {"train/loss", "val/loss", "val/acc", "val/acc_top5"} <= metrics.keys()
+    curves = read_curves(tmp_path / "out" / "metrics.csv")
+    assert curves["val/acc"][1][-1] == pytest.approx(metrics["val/acc"])
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    (checkpoint,) = (tmp_path / "runs" / "digits").rglob("*.ckpt")
+    config = next((tmp_path / "runs" / "digits").rglob("config.yaml"))
+    assert str(config.relative_to(tmp_path)) in report["command"]
+    again = ["--config", str(config), "--ckpt_path", str(checkpoint), "--out", "again", *QUIET]
+    assert main(["train", "validate", *again]) == 0
+    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert {row["metric"]: row["value"] for row in report["results"]}["val/loss"] == pytest.approx(metrics["val/loss"])
+
+
+def test_what_belongs_together_shares_a_panel():
+    curve, constant = ([0.0, 1.0], [1.0, 0.5]), ([0.0, 1.0], [0.0, 0.0])
+    names = ["acc", "train/loss", "val/loss", "meta_loss", "meta_loss/bowl", "val/acc"]
+    panels = panels_of({**dict.fromkeys(names, curve), "skipped": constant})
+    assert {panel.title: sorted(panel.curves) for panel in panels} == {
+        "loss": ["train/loss", "val/loss"],
+        "meta_loss": ["meta_loss", "meta_loss/bowl"],
+        "acc": ["acc", "val/acc"],
+    }
+    assert [panel.title for panel in panels] == ["loss", "meta_loss", "acc"]  # losses first
+
+
+def test_any_module_trains_by_its_class_path(tmp_path):
+    boring = "lightning.pytorch.demos.boring_classes.BoringModel"
+    options = ["--trainer.max_steps", "2", "--trainer.logger", "false", *QUIET]
+    assert main(["train", "fit", "--model", boring, "--trainer.callbacks+=HRNNOptimizerCallback", *options]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["global_step"] == 2
+
+
+def test_fashion_mnist_trains_from_generated_files(tmp_path):
+    write_idx_set(tmp_path / "data" / "FashionMNIST" / "raw", train=64, test=20)
+    recipe = DIGITS.replace("digits", "fashion_mnist")
+    sizes = [
+        "--data.validation",
+        "10",
+        "--data.batch_size",
+        "16",
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.log_every_n_steps",
+        "1",
+    ]
+    assert main(["train", "fit", "--config", recipe, *sizes, "--out", "out", *QUIET]) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["summary"].startswith("3 optimizer steps")
