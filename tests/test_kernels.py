@@ -1,11 +1,16 @@
 """Fused kernels against the pure rule: values over many steps, and meta-gradients."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from lightning_hrnn.optimizer import optimizer as optimizer_module
 from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
 from lightning_hrnn.optimizer.kernels import available_kernels, build, cpp
+from lightning_hrnn.optimizer.kernels.eager import EagerKernel
+from lightning_hrnn.optimizer.optimizer import HRNN
 
 needs_compiler = pytest.mark.skipif(
     build.why_unavailable() is not None, reason=f"no compiled kernels here: {build.why_unavailable()}"
@@ -227,3 +232,160 @@ def test_a_failed_build_is_reported_and_not_repeated(monkeypatch):
             build.operators(10, 4)
     assert len(calls) == 1
     build.operators.cache_clear()
+
+
+SHAPES = [(), (300,), (4, 5, 3, 3), (130, 17), (1,), (2, 0), (64, 40)]  # of tiles of 128 and chunks of 2048
+STEPS = 20
+
+
+def train(kernel, shapes, dtype, state_dtype, rule, monkeypatch, steps=STEPS, grad_scale=1.0):
+    """Feed random gradients to HRNN, some of them and some parameters not contiguous; return it and its parameters."""
+    monkeypatch.setattr(optimizer_module, "choose_kernel", lambda *_: kernel)
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+    for index, param in enumerate(params):
+        if param.dim() == 4:
+            params[index] = torch.nn.Parameter(param.detach().contiguous(memory_format=torch.channels_last))
+        if param.dim() == 2 and index % 2:
+            params[index] = torch.nn.Parameter(param.detach().t().contiguous().t())
+    half = len(params) // 2
+    groups = [{"params": params[:half], "weight_decay": 0.3}, {"params": params[half:], "lr": 2.0}]
+    optimizer = HRNN(groups, rule, state_dtype=state_dtype, initial_rate=0.01)
+    for _ in range(steps):
+        for param in params:
+            grad = (torch.randn(param.shape, generator=generator) * grad_scale).to(dtype)
+            param.grad = grad.t().contiguous().t() if grad.dim() == 2 else grad
+        optimizer.step()
+    return optimizer, params
+
+
+# what rounding of parameters or of states leaves of the moves of 20 steps, as a share of them
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+STATE_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 4e-2}
+
+
+@needs_compiler
+@pytest.mark.parametrize("readouts", [("direction",), ("direction", "attention")], ids="-".join)
+@pytest.mark.parametrize("state_dtype", list(STATE_TOLERANCE), ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_step_equals_the_eager_step(dtype, state_dtype, readouts, monkeypatch):
+    """Parameters, state and lookaheads after many steps, over shapes, layouts in memory and types."""
+    rule = random_rule(torch.float32, readouts=readouts)
+    expected, expected_params = train(EagerKernel(), SHAPES, dtype, state_dtype, rule, monkeypatch)
+    actual, params = train(cpp.CppKernel(), SHAPES, dtype, state_dtype, rule, monkeypatch)
+    _, start = train(None, SHAPES, dtype, state_dtype, rule, monkeypatch, steps=0)
+    tolerance = TOLERANCE[dtype] + STATE_TOLERANCE[state_dtype]
+    for param, reference, first in zip(params, expected_params, start, strict=True):
+        moved = (reference - first).detach().double()
+        assert param.stride() == reference.stride()
+        assert param.numel() == 0 or moved.norm() > 0
+        assert (param - reference).detach().double().norm() <= tolerance * moved.norm()
+        for key, value in expected.state[reference].items():
+            if state_dtype == torch.float32 and value.numel():
+                assert actual.state[param][key].dtype == value.dtype
+                assert distance(actual.state[param][key].double(), value.double()) < max(1e-4, TOLERANCE[dtype]), key
+
+
+@needs_compiler
+def test_step_does_not_depend_on_threads(monkeypatch):
+    """Bit for bit, the random rounding of bfloat16 included; so ranks stay equal."""
+    rule, before, found = random_rule(torch.float32), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            optimizer, params = train(cpp.CppKernel(), SHAPES, torch.float32, torch.bfloat16, rule, monkeypatch, 4)
+            found.append([*params, *(state["square"] for state in optimizer.state.values())])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(value, first) for value, first in zip(other, found[0], strict=True))
+
+
+@needs_compiler
+def test_rounding_of_small_states_is_unbiased(monkeypatch):
+    """Averages kept in bfloat16 follow those in single precision on average, and do not stand still."""
+    rule = HierarchicalRNN()
+    with torch.no_grad():
+        rule.decay_bias.copy_(torch.tensor([3.0, 7.0]))  # the squares are averages over a thousand steps
+    shapes, squares = [(20_000,)], {}
+    for state_dtype, kernel in ((torch.float32, cpp.CppKernel()), (torch.bfloat16, cpp.CppKernel())):
+        optimizer, params = train(kernel, shapes, torch.float32, state_dtype, rule, monkeypatch, steps=1)
+        for _ in range(200):
+            params[0].grad = torch.full((20_000,), 0.01)
+            optimizer.step()
+        squares[state_dtype] = optimizer.state[params[0]]["square"].float().mean(1)
+    start = torch.ones(4)  # the first gradient is a standard normal draw
+    assert (squares[torch.float32] / start < 0.97).all()  # each step changes less than bfloat16's last bit
+    assert distance(squares[torch.bfloat16], squares[torch.float32]) < 2e-3
+
+
+@needs_compiler
+def test_step_tells_autograd_that_parameters_changed(monkeypatch):
+    """A graph made before the step and walked after it is refused, as with torch's own optimizers."""
+    monkeypatch.setattr(optimizer_module, "choose_kernel", lambda *_: cpp.CppKernel())
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = HRNN([param], HierarchicalRNN())
+    loss = (param * param).sum()
+    param.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_without_a_compiler_the_eager_step_runs(no_compiler, monkeypatch):
+    rule = random_rule(torch.float32)
+    _, expected = train(EagerKernel(), SHAPES, torch.float32, torch.float32, rule, monkeypatch, 2)
+    _, actual = train(cpp.CppKernel(), SHAPES, torch.float32, torch.float32, rule, monkeypatch, 2)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+class FakeLoader:
+    """Stand in for torch's extension loader; a lock that somebody left behind would make it wait for ever."""
+
+    def __init__(self, folder):
+        self.folder, self.builds = folder, 0
+
+    def _get_build_directory(self, name, verbose):
+        return str(self.folder)
+
+    def load(self, name, sources, build_directory, **_):
+        assert not (self.folder / "lock").exists()
+        assert all(Path(source).is_file() for source in sources)
+        (self.folder / f"{name}.so").touch()
+        self.builds += 1
+
+
+def test_a_lock_left_behind_does_not_block_and_a_library_is_built_once(tmp_path, monkeypatch):
+    loader, loaded = FakeLoader(tmp_path), []
+    (tmp_path / "lock").touch()
+    (tmp_path / "building").touch()
+    monkeypatch.setattr(build, "_extension_loader", lambda: loader)
+    monkeypatch.setattr(build.torch.ops, "load_library", loaded.append)
+    for _ in range(2):
+        build._load(10, 4)
+    assert loader.builds == 1
+    assert [Path(path).suffix for path in loaded] == [".so"]
+
+
+def test_a_build_that_died_is_done_again(tmp_path, monkeypatch):
+    """A library without its mark may be half written."""
+    loader = FakeLoader(tmp_path)
+    monkeypatch.setattr(build, "_extension_loader", lambda: loader)
+    build._load(10, 4)
+    (tmp_path / "done").unlink()
+    build._load(10, 4)
+    assert loader.builds == 2
+
+
+def test_instruction_sets_have_libraries_of_their_own(tmp_path, monkeypatch):
+    """One folder serves different machines."""
+    names = []
+    loader = FakeLoader(tmp_path)
+    loader._get_build_directory = lambda name, verbose: names.append(name) or str(tmp_path)
+    monkeypatch.setattr(build, "_extension_loader", lambda: loader)
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    for capability in ("AVX512", "AVX2", "DEFAULT"):
+        monkeypatch.setattr(build.torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        (tmp_path / "done").unlink(missing_ok=True)
+        build._load(10, 4)
+    assert len(set(names)) == 3

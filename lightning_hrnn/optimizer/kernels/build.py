@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-SOURCES = ("param_level.cpp", "param_level.h", "rule.h", "segments.h", "lanes.h")
+SOURCES = ("param_level.cpp", "step.cpp", "param_level.h", "step.h", "rule.h", "segments.h", "lanes.h")
 OPTIMIZE = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w")
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 INSTRUCTIONS = {"AVX512": (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"), "AVX2": AVX2}
@@ -88,7 +88,7 @@ def _load(param_hidden: int, timescales: int) -> Any:
                 is_python_module=False,
             )
             done.touch()
-        elif not hasattr(torch.ops, name) or not hasattr(getattr(torch.ops, name), "param_level"):
+        else:
             torch.ops.load_library(str(library))
     return getattr(torch.ops, name)
 

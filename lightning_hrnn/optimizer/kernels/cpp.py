@@ -1,20 +1,24 @@
-"""The param level in C++: fused forward and backward for meta-training on the CPU.
+"""The param level in C++, for the CPU: a differentiable one for meta-training, an in-place step for deployment.
 
 `param_level` takes the place of `HierarchicalRNN.param_level` (pass it as `engine`). It runs over tiles of parameters
 that stay in cache, a parameter a lane across the borders of tensors, and saves for the backward pass no more than what
 went in and came out: the backward pass takes the forward step again, tile by tile. In single precision its functions
 are approximations, whose errors `lanes.h` states; in double precision they are the C library's.
 
+`CppKernel` is the deployment step over chunks of all tensors together, which threads share.
+
 Legend: `P` parameters, `T` tensors, `R` readouts, `S` timescales, `H0` param hidden size, `F` features.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from lightning_hrnn.optimizer.features import FEATURES, Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import (
@@ -24,9 +28,11 @@ from lightning_hrnn.optimizer.hierarchical_rnn import (
     ParamLevel,
     RuleState,
 )
+from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork
 from lightning_hrnn.optimizer.kernels.build import BuildError, operators, why_unavailable
+from lightning_hrnn.optimizer.kernels.eager import EagerKernel
 
-__all__ = ["param_level", "why_unavailable", "why_unsupported"]
+__all__ = ["CppKernel", "param_level", "why_unavailable", "why_unsupported"]
 
 MOST_HIDDEN, MOST_TIMESCALES = 32, 8
 DTYPES = (torch.float32, torch.float64)
@@ -132,3 +138,61 @@ class _ParamLevel(torch.autograd.Function):
         )
         above = torch.cat([above, torch.zeros_like(above[:1])])  # no gradient flows through `remembers`
         return None, None, None, None, to_grad if with_grad else None, hidden, average, square, above, meta
+
+
+class Pending(NamedTuple):
+    """Hold what `measure` leaves for `apply`."""
+
+    library: Any
+    steps: Tensor  # [R n] of each tensor, end to end: directions times factors, not yet normalised
+    params: list[Tensor]  # contiguous: the parameters themselves or copies
+    rates: Tensor  # [T]
+
+
+class CppKernel:
+    """Run the fused step, or the eager one where the operators cannot be built.
+
+    Parameters that are not contiguous in memory go through a copy.
+
+    State in bfloat16 is rounded stochastically: a moving average that changes by less than half of its last bit in a
+    step would stand still otherwise. The randomness is a hash of what the levels above say, the gradient and the place
+    of the parameter, so it is the same on every rank and after a resume.
+    """
+
+    def measure(self, rule: HierarchicalRNN, work: Sequence[TensorWork], above: FromAbove) -> tuple[Sums, Any]:
+        """Update the states in place; return sums over tensors and the steps."""
+        config = rule.config
+        try:
+            library = operators(config.param_hidden, config.timescales)
+        except BuildError:
+            return EagerKernel().measure(rule, work, above)
+        params = [tensor.param.detach().contiguous() for tensor in work]
+        steps, sums = library.measure_step(
+            params,
+            [tensor.grad.contiguous() for tensor in work],
+            [tensor.hidden for tensor in work],
+            [tensor.average for tensor in work],
+            [tensor.square for tensor in work],
+            torch.cat([above.bias, (above.log_rate - above.mean_log_rate)[None], above.remembers[None]]),
+            above.log_rate.contiguous(),
+            packed(rule),
+            config.momentary_bound,
+            len(config.readouts),
+        )
+        pooled, squares, param_square = sums.split([len(sums) - len(config.readouts) - 1, len(config.readouts), 1])
+        return Sums(pooled, squares, param_square[0]), Pending(library, steps, params, above.log_rate.exp())
+
+    def apply(self, work: Sequence[TensorWork], pending: Any, inverse_rms: Tensor) -> None:
+        """Move the parameters and lookaheads."""
+        if not isinstance(pending, Pending):
+            EagerKernel().apply(work, pending, inverse_rms)
+            return
+        rates = pending.rates * torch.tensor([tensor.lr for tensor in work])
+        lookaheads = [tensor.lookahead for tensor in work if tensor.lookahead is not None]
+        decay = rates * torch.tensor([tensor.weight_decay for tensor in work])
+        pending.library.apply_step(pending.params, lookaheads, pending.steps, inverse_rms * rates, decay)
+        moved = [tensor.param for tensor in work]
+        for param, copy in zip(moved, pending.params, strict=True):
+            if copy.data_ptr() != param.data_ptr():
+                param.copy_(copy)
+        increment_version([*moved, *lookaheads])

@@ -135,10 +135,10 @@ template <class T, int R> HRNN_INLINE void step_features(const Weights<T, R>& ru
         const V average = decay * load<T>(&tile.average_before[s][p]) + (1 - decay) * grad;
         const V square = scale_decay * load<T>(&tile.square_before[s][p]) +
                          (1 - scale_decay) * (average * average + T(SQUARE_FLOOR));
-        const V inverse_rms = 1 / root(square);
+        const V inverse_rms = inverse_root(square);
         const V ratio = average * inverse_rms;
-        const V slope = root(1 + ratio * ratio);  // its inverse is the derivative of asinh
-        scaled[s] = arsinh(ratio, slope);
+        const V stretched = 1 + ratio * ratio, slope = inverse_root(stretched);  // the derivative of asinh
+        scaled[s] = arsinh(ratio, stretched * slope);
         log_square[s] = logarithm(square);
         mean += log_square[s];
         store<T>(&tile.average[s][p], average);
@@ -214,10 +214,11 @@ template <class T, int R> HRNN_INLINE void read_out(const Weights<T, R>& rule, T
     store<T>(&tile.factor[p], exponential(rule.bound * momentary));
 }
 
-template <class T, int R> void forward_tile(const Weights<T, R>& rule, Tile<T, R>& tile) {
-    for (int p = 0; p < TILE; p += WIDTH<T>) step_features(rule, tile, p);
-    for (int p = 0; p < TILE; p += AT_ONCE * WIDTH<T>) step_hidden(rule, tile, p);
-    for (int p = 0; p < TILE; p += WIDTH<T>) read_out(rule, tile, p);
+// Take the step of the first `count` parameters of a tile, rounded up to whole vectors.
+template <class T, int R> void forward_tile(const Weights<T, R>& rule, Tile<T, R>& tile, int count = TILE) {
+    for (int p = 0; p < count; p += WIDTH<T>) step_features(rule, tile, p);
+    for (int p = 0; p < count; p += AT_ONCE * WIDTH<T>) step_hidden(rule, tile, p);
+    for (int p = 0; p < count; p += WIDTH<T>) read_out(rule, tile, p);
 }
 
 // Gradients with respect to what a tile made (in) and to what it was made from (out).
@@ -319,7 +320,7 @@ HRNN_INLINE void features_backward(const Weights<T, R>& rule, const Tile<T, R>& 
 #pragma GCC unroll 8
     for (int s = 0; s < S; s++) {
         const V inverse = load<T>(&tile.inverse_rms[s][p]), average = load<T>(&tile.average[s][p]);
-        const V to_ratio = scaled[s] / load<T>(&tile.slope[s][p]);
+        const V to_ratio = scaled[s] * load<T>(&tile.slope[s][p]);
         const V to_log = load<T>(&grad.inputs[2 * S - 1 + s][p]) - mean - T(0.5) * to_ratio * load<T>(&tile.ratio[s][p]);
         const V to_square = load<T>(&grad.square[s][p]) + to_log * inverse * inverse;
         const V to_average =
