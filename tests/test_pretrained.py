@@ -142,7 +142,7 @@ def test_unknown_presets_parts_and_sizes_are_refused() -> None:
         RuleConfig(direction="up")
     with pytest.raises(ValueError, match="param_hidden must be at least 1"):
         RuleConfig(param_hidden=0)
-    with pytest.raises(ValueError, match="drift_power must be positive"):
-        RuleConfig(drift_power=-1.0)
+    with pytest.raises(ValueError, match="drift_rise must be positive"):
+        RuleConfig(drift_rise=-1.0)
     with pytest.raises(ValueError, match="needs the readout 'direction' first"):
         RuleConfig(readouts=("attention",))

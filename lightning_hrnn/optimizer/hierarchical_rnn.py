@@ -58,8 +58,9 @@ class RuleConfig:
         direction: how the direction is read out, `"gated"` or `"additive"`.
         rate: how the log rate moves, `"bounded"` or `"smoothed"`.
         readouts: `("direction",)`, or with `"attention"` a second direction that says where to take the next gradient.
-        drift_power: `"bounded"` only: a rate changes at most like this power of the number of steps.
-        drift_delay: `"bounded"` only: steps before that power law sets in.
+        drift_rise: `"bounded"` only: a tensor's rate rises at most like this power of the number of steps.
+        drift_fall: `"bounded"` only: it falls at most like this power.
+        drift_delay: `"bounded"` only: steps before these power laws set in.
         momentary_bound: `"bounded"` only: a parameter's rate departs from its tensor's at most by this log factor.
 
     Raises:
@@ -75,7 +76,8 @@ class RuleConfig:
     direction: str = "gated"
     rate: str = "bounded"
     readouts: tuple[str, ...] = ("direction",)
-    drift_power: float = 2.0
+    drift_rise: float = 2.0
+    drift_fall: float = 1.0
     drift_delay: float = 20.0
     momentary_bound: float = 2.0
 
@@ -85,7 +87,7 @@ class RuleConfig:
         for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
-        for field in ("drift_power", "drift_delay", "momentary_bound"):
+        for field in ("drift_rise", "drift_fall", "drift_delay", "momentary_bound"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be positive and finite, not {getattr(self, field)}.")
         for field, known in (
@@ -260,18 +262,20 @@ class BoundedRate(nn.Module):
     The tensor's log rate drifts with what the tensor RNN says; the momentary factor is a function of the param RNN's
     present state and leaves no trace::
 
-        a = A tanh((w . h + b) / A)                    momentary, of each parameter
-        l <- l + p / (d + t) tanh(w' . t_h + b')       drift, of each tensor
+        a = A tanh((w . h + b) / A)                       momentary, of each parameter
+        l <- l + p / (d + t) tanh(w' . t_h + b')          drift, of each tensor
 
-    with `t` the number of steps taken, `p` the drift power, `d` the delay. The sum of the bounds up to step `t` is
-    `p log(1 + t/d)`: a rate rises or falls at most like a power of time. Rules meta-trained on short windows like to
-    anneal by orders of magnitude within hundreds of steps (short-horizon bias, arXiv 1803.02021); here they cannot,
-    at any age.
+    with `t` the number of steps taken, `d` the delay, and `p` one power where the rate rises and another where it
+    falls. The bounds up to step `t` add up to `p log(1 + t/d)`: a rate rises or falls at most like a power of time.
+    Rules meta-trained on short windows like to anneal by orders of magnitude within hundreds of steps (short-horizon
+    bias, arXiv 1803.02021); here they cannot fall faster than `1/t`, as stochastic gradient descent should, at any
+    age, and what they lost they can win back sooner.
     """
 
     def __init__(self, config: RuleConfig) -> None:
         super().__init__()
-        self.power, self.delay, self.bound = config.drift_power, config.drift_delay, config.momentary_bound
+        self.rise, self.fall, self.delay = config.drift_rise, config.drift_fall, config.drift_delay
+        self.bound = config.momentary_bound
         self.momentary = nn.Parameter(torch.zeros(1, config.param_hidden))
         self.momentary_bias = nn.Parameter(torch.zeros(1))
         self.drift = nn.Parameter(torch.zeros(1, config.tensor_hidden))
@@ -285,7 +289,8 @@ class BoundedRate(nn.Module):
     def drifted(self, state: RuleState, tensor_hidden: Tensor) -> Tensor:
         """Return each tensor's log rate after the step. [T]"""
         direction = torch.tanh((self.drift @ tensor_hidden)[0] + self.drift_bias)
-        log_rate = state.log_rate + self.power / (self.delay + state.age) * direction
+        power = torch.where(direction > 0, self.rise, self.fall)
+        log_rate = state.log_rate + power / (self.delay + state.age) * direction
         return log_rate.clamp(-LOG_RATE_RANGE, LOG_RATE_RANGE)
 
 
