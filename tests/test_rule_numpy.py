@@ -1,0 +1,324 @@
+"""The pure rule against its equations, worked out one scalar parameter at a time, and the properties it should have.
+
+The reference below knows nothing of flat vectors, layouts or segment sums: a model is a list of tensors, a tensor a
+list of parameters, and each level is a loop over the one below.
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_hrnn.optimizer.features import FEATURES, Layout
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+
+MODELS = [[4, 1, 3], [2], [5, 2]]  # sizes of the tensors of three models
+SIZES = [size for model in MODELS for size in model]
+MODEL_OF = [index for index, model in enumerate(MODELS) for _ in model]
+STEPS = 6
+RULES = {
+    "default": ("default", {}),
+    "default with attention": ("default", {"readouts": ("direction", "attention")}),
+    "paper": ("paper", {}),
+    "paper with attention": ("paper", {"readouts": ("direction", "attention")}),
+    "summary": ("summary", {}),
+    "other sizes": ("default", {"param_hidden": 3, "tensor_hidden": 4, "global_hidden": 2, "timescales": 3}),
+    "fewer features": ("default", {"features": ("scaled_gradient", "relative_rate"), "tensor_features": ()}),
+}
+
+
+def make_rule(name):
+    """Return a rule in double precision, none of whose meta-parameters is zero."""
+    preset, changes = RULES[name]
+    torch.manual_seed(5)
+    rule = HierarchicalRNN(RuleConfig.preset(preset, **changes)).double()
+    with torch.no_grad():
+        for param in rule.parameters():
+            param.add_(torch.randn_like(param) * 0.2)
+    return rule
+
+
+def layout():
+    return Layout.of(SIZES, MODEL_OF, dtype=torch.float64)
+
+
+def gradients(steps=STEPS):
+    """Draw gradients over many orders of magnitude, with zeros and one beyond the limit."""
+    rng = np.random.default_rng(7)
+    grads = rng.standard_normal((steps, sum(SIZES))) * 10.0 ** rng.uniform(-6, 3, sum(SIZES))
+    grads[1:3, 0] = 0.0
+    grads[:, 5] = 0.0
+    grads[2, 7] = 1e17
+    return grads
+
+
+class Equations:
+    """Step one model; state is kept as nested lists of scalars and small vectors."""
+
+    def __init__(self, rule, sizes, log_rates):
+        self.w = {name: value.detach().numpy() for name, value in rule.named_parameters()}
+        self.config = rule.config
+        self.tensors = [
+            {
+                "t": self.w["tensor_rnn.initial"],
+                "age": 0,
+                "l": log_rate,
+                "params": [
+                    {
+                        "h": self.w["param_rnn.initial"],
+                        "m": [0.0] * rule.config.timescales,
+                        "v": [0.0] * rule.config.timescales,
+                        "l": log_rate,
+                    }
+                    for _ in range(size)
+                ],
+            }
+            for size, log_rate in zip(sizes, log_rates, strict=True)
+        ]
+        self.u = self.w["global_rnn.initial"]
+
+    def gru(self, name, x, h, bias):
+        w, n = self.w, len(h)
+        r, z = np.empty(n), np.empty(n)
+        for i in range(n):
+            row = np.concatenate([x, h])
+            r[i] = sigmoid(w[f"{name}.gate_weight"][i] @ row + w[f"{name}.gate_bias"][i] + bias[i])
+            z[i] = sigmoid(w[f"{name}.gate_weight"][n + i] @ row + w[f"{name}.gate_bias"][n + i] + bias[n + i])
+        row = np.concatenate([x, r * h])
+        candidate = np.tanh(w[f"{name}.candidate_weight"] @ row + w[f"{name}.candidate_bias"] + bias[2 * n :])
+        return z * h + (1 - z) * candidate
+
+    def log_rate_of(self, tensor):
+        if self.config.rate == "bounded":
+            return tensor["l"]
+        return sum(param["l"] for param in tensor["params"]) / len(tensor["params"])
+
+    def features(self, x, v, relative_rate):
+        logs = [math.log(value) for value in v]
+        made = {
+            "scaled_gradient": x,
+            "neighbour_products": [a * b for a, b in pairwise(x)],
+            "relative_magnitudes": [value - sum(logs) / len(logs) for value in logs],
+            "relative_rate": [relative_rate],
+        }
+        return np.array([value for name in self.config.features for value in made[name]])
+
+    def step_param(self, param, g, bias, first, relative_rate):
+        """Update one parameter's state; return its inputs, directions and the factor on exp(l)."""
+        w, h = self.w, param["h"]
+        g = min(max(g, -1e15), 1e15)
+        decay, scale_decay = (sigmoid(min(w["decay_weight"][k] @ h + w["decay_bias"][k], 9.2)) for k in range(2))
+        x = []
+        for s in range(self.config.timescales):
+            b, c = (0.0, 0.0) if first else (decay ** (1 / 2**s), scale_decay)
+            param["m"][s] = b * param["m"][s] + (1 - b) * g
+            param["v"][s] = c * param["v"][s] + (1 - c) * (param["m"][s] ** 2 + 1e-18)
+            x.append(math.asinh(param["m"][s] / math.sqrt(param["v"][s])))
+        inputs = self.features(x, param["v"], relative_rate)
+        param["h"] = h = self.gru("param_rnn", inputs, h, bias)
+        directions = []
+        for name in self.config.readouts:
+            weight, shortcut = w[f"directions.{name}.weight"], w[f"directions.{name}.shortcut"]
+            if self.config.direction == "gated":
+                directions.append(sum((shortcut[s] + weight[s] @ h) * x[s] for s in range(len(x))))
+            else:
+                directions.append(weight[0] @ h + sum(shortcut[s] * x[s] for s in range(len(x))))
+        if self.config.rate == "bounded":
+            bound = self.config.momentary_bound
+            raw = w["rate.momentary"][0] @ h + w["rate.momentary_bias"][0]
+            factor = math.exp(bound * math.tanh(raw / bound))
+        else:
+            moved = min(max(param["l"] + w["rate.weight"][0] @ h + w["rate.bias"][0], -33.0), 33.0)
+            factor = math.exp(moved - param["l"] + w["rate.offset"])
+            k = sigmoid(w["rate.smoothing"])
+            param["next_l"] = k * param["l"] + (1 - k) * moved
+        return inputs, directions, factor
+
+    def step(self, grads, param_rms):
+        """Take a step with a list of gradients for each tensor; return the moves of each readout, in order."""
+        w, updates = self.w, []
+        mean_log_rate = sum(self.log_rate_of(tensor) for tensor in self.tensors) / len(self.tensors)
+        for tensor, tensor_grads, rms in zip(self.tensors, grads, param_rms, strict=True):
+            bias = w["tensor_to_param"] @ tensor["t"] + w["global_to_param"] @ self.u
+            log_rate, count = self.log_rate_of(tensor), len(tensor["params"])
+            results, rates = [], []
+            for param, g in zip(tensor["params"], tensor_grads, strict=True):
+                own = tensor["l"] if self.config.rate == "bounded" else param["l"]
+                results.append(self.step_param(param, g, bias, tensor["age"] == 0, own - mean_log_rate))
+                rates.append(math.exp(own))
+            for r in range(len(self.config.readouts)):
+                size = math.sqrt(sum(d[r] ** 2 for _, d, _ in results) / count + 1e-20)
+                updates += [(r, rate * f * d[r] / size) for (_, d, f), rate in zip(results, rates, strict=True)]
+            seen = [np.concatenate([p["h"], x]) for p, (x, _, _) in zip(tensor["params"], results, strict=True)]
+            tensor["x"] = sum(seen) / count
+            if self.config.tensor_features:
+                relative = min(max(log_rate - math.log(rms + 1e-12), -12.0), 4.0) / 4
+                tensor["x"] = np.append(tensor["x"], relative)
+        self.step_above()
+        return [[value for index, value in updates if index == r] for r in range(len(self.config.readouts))]
+
+    def step_above(self):
+        w, config = self.w, self.config
+        for tensor in self.tensors:
+            tensor["t"] = self.gru("tensor_rnn", tensor["x"], tensor["t"], w["global_to_tensor"] @ self.u)
+            if config.rate == "bounded":
+                direction = math.tanh(w["rate.drift"][0] @ tensor["t"] + w["rate.drift_bias"][0])
+                power = config.drift_rise if direction > 0 else config.drift_fall
+                tensor["l"] += power / (config.drift_delay + tensor["age"]) * direction
+                tensor["l"] = min(max(tensor["l"], -33.0), 33.0)
+            else:
+                for param in tensor["params"]:
+                    param["l"] = param["next_l"]
+            tensor["age"] += 1
+        mean = sum(tensor["t"] for tensor in self.tensors) / len(self.tensors)
+        self.u = self.gru("global_rnn", mean, self.u, np.zeros(3 * len(self.u)))
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def cut(values, sizes):
+    ends = np.cumsum(sizes)
+    return [values[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_equals_its_equations(name):
+    """Updates, lookaheads and all states of three models over several steps."""
+    rule, rng = make_rule(name), np.random.default_rng(11)
+    log_rates, rms = rng.uniform(-9, -2, len(SIZES)), rng.uniform(0, 2, len(SIZES))
+    rms[1] = 0.0
+    references = [
+        Equations(rule, sizes, rates)
+        for sizes, rates in zip(MODELS, cut(log_rates, [len(m) for m in MODELS]), strict=True)
+    ]
+    state = rule.init(layout(), torch.from_numpy(log_rates))
+    for grads in gradients():
+        output = rule(torch.from_numpy(grads), torch.from_numpy(rms), state, layout())
+        state = output.state
+        per_model = cut(cut(grads, SIZES), [len(m) for m in MODELS])
+        rms_per_model = cut(rms, [len(m) for m in MODELS])
+        moves = [ref.step(g, r) for ref, g, r in zip(references, per_model, rms_per_model, strict=True)]
+        for index, actual in enumerate([output.update, output.lookahead][: len(rule.config.readouts)]):
+            expected = np.concatenate([model[index] for model in moves])
+            np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-9, atol=1e-14)
+    tensors = [tensor for reference in references for tensor in reference.tensors]
+    params = [param for tensor in tensors for param in tensor["params"]]
+    per_param = rule.config.rate == "smoothed"
+    expected_state = {
+        "hidden": np.stack([param["h"] for param in params], 1),
+        "average": np.array([param["m"] for param in params]).T,
+        "square": np.array([param["v"] for param in params]).T,
+        "log_rate": np.array([value["l"] for value in (params if per_param else tensors)]),
+        "tensor_hidden": np.stack([tensor["t"] for tensor in tensors], 1),
+        "global_hidden": np.stack([reference.u for reference in references], 1),
+        "age": np.full(len(SIZES), float(STEPS)),
+    }
+    for key, expected in expected_state.items():
+        np.testing.assert_allclose(getattr(state, key).detach().numpy(), expected, rtol=1e-9, atol=1e-13, err_msg=key)
+
+
+def roll(rule, grads, log_rate=-4.0):
+    """Take steps from the start; return the last output."""
+    state = rule.init(layout(), log_rate)
+    rms = torch.linspace(0.1, 2, len(SIZES), dtype=torch.float64)
+    for grad in grads:
+        output = rule(grad, rms, state, layout())
+        state = output.state
+    return output
+
+
+def meta_loss(rule):
+    """Score an unroll by everything that it leaves behind."""
+    output = roll(rule, torch.from_numpy(gradients(4)).clamp(-50, 50))
+    weights = torch.cos(torch.arange(len(output.update), dtype=torch.float64))
+    loss = (output.update * weights).sum() * 30 + output.state.log_rate.square().sum()
+    loss = loss + (output.state.hidden * weights).sum() + output.state.global_hidden.sum()
+    return loss if output.lookahead is None else loss + 20 * (output.lookahead * weights.flip(0)).sum()
+
+
+@pytest.mark.parametrize("name", ["default with attention", "paper with attention"])
+def test_meta_gradient_equals_finite_differences(name):
+    """Along a random direction of every meta-parameter, one by one, which also says that each receives gradient."""
+    rule, width = make_rule(name), 1e-5
+    meta_loss(rule).backward()
+    for key, param in rule.named_parameters():
+        direction = torch.randn_like(param)
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                param.add_(direction, alpha=sign * width)
+                values.append(meta_loss(rule).item())
+                param.sub_(direction, alpha=sign * width)
+        slope = (values[0] - values[1]) / (2 * width)
+        assert param.grad is not None and param.grad.norm() > 0, key
+        assert (param.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6, abs=1e-7), key
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_meta_parameter_receives_gradient(name):
+    """In a fresh rule too; but as long as the paper's rates do not move, it does not matter how they are smoothed."""
+    torch.manual_seed(0)
+    preset, changes = RULES[name]
+    rule = HierarchicalRNN(RuleConfig.preset(preset, **changes)).double()
+    meta_loss(rule).backward()
+    for key, param in rule.named_parameters():
+        assert param.grad is not None and param.grad.isfinite().all(), key
+        assert (param.grad.norm() > 0) == (key != "rate.smoothing"), key
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("scale", [1e-4, 1e6])
+def test_scale_of_the_gradient_does_not_matter(name, scale):
+    """Loss functions may be multiplied by a constant: nothing changes but the averages."""
+    rule = make_rule(name)
+    generator = torch.Generator().manual_seed(2)
+    grads = torch.randn(STEPS, sum(SIZES), dtype=torch.float64, generator=generator)
+    expected, actual = roll(rule, grads), roll(rule, grads * scale)
+    torch.testing.assert_close(actual.update, expected.update, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(actual.state.hidden, expected.state.hidden, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(actual.state.average, expected.state.average * scale, rtol=1e-6, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_order_of_the_parameters_in_a_tensor_does_not_matter(name):
+    """Permuted gradients give permuted updates; the levels above see no difference."""
+    rule, order = make_rule(name), torch.tensor([2, 0, 3, 1, 4, 7, 5, 6, 9, 8, *range(10, sum(SIZES))])
+    grads = torch.from_numpy(gradients())
+    expected, actual = roll(rule, grads), roll(rule, grads[:, order])
+    assert not torch.allclose(expected.update[order], expected.update)
+    torch.testing.assert_close(actual.update, expected.update[order], rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(actual.state.tensor_hidden, expected.state.tensor_hidden, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actual.state.global_hidden, expected.state.global_hidden, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tensor", range(len(SIZES)))
+def test_sign_of_every_gradient_reaches_its_own_global_state(tensor):
+    """Each tensor, the first and the last alike, moves its model's global RNN and no other model's."""
+    rule = make_rule("default")
+    grads = torch.from_numpy(gradients())
+    flipped = grads * torch.where(layout().tensor_of == tensor, -1.0, 1.0)
+    change = (roll(rule, grads).state.global_hidden - roll(rule, flipped).state.global_hidden).abs().amax(0)
+    for model in range(len(MODELS)):
+        if model == MODEL_OF[tensor]:
+            assert change[model] > 1e-4
+        else:
+            assert change[model] == 0
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_matters(feature):
+    """The update changes when the param RNN no longer sees the first row of a feature: none is dead weight."""
+    rule = make_rule("default")
+    grads = torch.from_numpy(gradients())
+    rates = torch.linspace(-6, -3, len(SIZES), dtype=torch.float64)
+    expected = roll(rule, grads, rates).update
+    start = sum({"scaled_gradient": 4, "neighbour_products": 3, "relative_magnitudes": 4, "relative_rate": 1}[name]
+                for name in list(FEATURES)[: list(FEATURES).index(feature)])  # fmt: skip
+    with torch.no_grad():
+        rule.param_rnn.gate_weight[:, start] = 0
+        rule.param_rnn.candidate_weight[:, start] = 0
+    assert (roll(rule, grads, rates).update - expected).abs().max() > 1e-6 * expected.abs().max()
