@@ -70,6 +70,11 @@ class HRNNOptions:
         if not isinstance(self.weights, HierarchicalRNN):
             read_card(self.weights)
 
+    @property
+    def weights_name(self) -> str:
+        """Name the weights."""
+        return "a rule of your own" if isinstance(self.weights, HierarchicalRNN) else str(self.weights)
+
     def build(self, params: Any, weight_decay: float = 0.0) -> HRNN:
         """Return the optimizer of these options over parameters or param groups."""
         return HRNN(
@@ -146,8 +151,7 @@ class Conversion:
         if not self.new:
             return "nothing to replace: configure_optimizers returned no optimizer that is not HRNN already."
         options = self.options
-        weights = "a rule of your own" if isinstance(options.weights, HierarchicalRNN) else options.weights
-        text = f"{_names(self.new)} -> HRNN (weights: {weights}, lr: {options.lr:g} x the learned rates)."
+        text = f"{_names(self.new)} -> HRNN (weights: {options.weights_name}, lr: {options.lr:g} x the learned rates)."
         if lower := sorted(self.ratios - {1.0}):
             text += f" Param groups of lower learning rate keep the ratio: {', '.join(map('{:g}'.format, lower))}."
         if kept := _names(s for s in self.schedulers if s.optimizer in self.new.values()):
@@ -190,7 +194,7 @@ class Conversion:
         decays = any(group.get("weight_decay") for group in old.param_groups)
         groups = []
         for group, base in zip(old.param_groups, bases, strict=True):
-            new = {**group, "params": list(group["params"])}
+            new = dict(group)
             new.update({key: float(new[key]) / unit for key in LR_KEYS if new.get(key) is not None})
             if base is None:
                 new["lr"] = self.options.lr
@@ -284,7 +288,7 @@ def wrap_for_fit(module: LightningModule, options: HRNNOptions) -> None:
 
 def unwrap_after_fit(module: LightningModule) -> None:
     """Give the module back the `configure_optimizers` it had before `wrap_for_fit`, if it was wrapped."""
-    if (own := _wrapped_by(_convert_for_fit, module)) is not None:
+    if (own := _wrapped_by(_convert_for_fit, vars(module).get("configure_optimizers"))) is not None:
         del module.configure_optimizers
         if own[0] is not None:
             module.configure_optimizers = own[0]  # type: ignore[method-assign]
@@ -292,29 +296,30 @@ def unwrap_after_fit(module: LightningModule) -> None:
 
 def wrap_for_good(module: LightningModule, options: HRNNOptions) -> None:
     """Make `module.configure_optimizers` return `HRNN`, whoever calls it; a second call replaces the first."""
-    (own,) = _wrapped_by(_convert_always, module) or (vars(module).get("configure_optimizers"),)
+    current = vars(module).get("configure_optimizers")
+    (own,) = _wrapped_by(_convert_always, current) or (current,)
     module.configure_optimizers = partial(  # type: ignore[method-assign]
         _convert_always, module, own, options
     )
 
 
-def _wrapped_by(function: Callable[..., Any], module: LightningModule) -> tuple[Any] | None:
-    """Return, in a tuple, what the instance had in place of its class's method before `function` wrapped it."""
-    current = vars(module).get("configure_optimizers")
+def _wrapped_by(function: Callable[..., Any], current: Any) -> tuple[Any] | None:
+    """Return, in a tuple, what an instance had in place of its class's method before `function` wrapped it."""
     return (current.args[1],) if isinstance(current, partial) and current.func is function else None
 
 
 def _convert_for_fit(module: LightningModule, own: Callable[[], Any] | None, options: HRNNOptions) -> Any:
     conversion = Conversion(own() if own else type(module).configure_optimizers(module), options)
-    rank_zero_info(f"HRNNOptimizerCallback: {conversion}")
+    if conversion.new or _wrapped_by(_convert_always, own) is None:  # else configure_hrnn has spoken
+        rank_zero_info(f"HRNNOptimizerCallback: {conversion}")
     return conversion.result
 
 
 def _convert_always(module: LightningModule, own: Callable[[], Any] | None, options: HRNNOptions) -> Any:
     if own is None and type(module).configure_optimizers is LightningModule.configure_optimizers:
-        return hrnn_optimizers(
-            module, options.weights, options.lr, options.weight_decay or 0.0, options.kernel, options.initial_rate
-        )
+        decay = options.weight_decay or 0.0
+        rank_zero_info(f"configure_hrnn: HRNN (weights: {options.weights_name}) for all trainable parameters.")
+        return hrnn_optimizers(module, options.weights, options.lr, decay, options.kernel, options.initial_rate)
     conversion = Conversion(own() if own else type(module).configure_optimizers(module), options)
     rank_zero_info(f"configure_hrnn: {conversion}")
     return conversion.result

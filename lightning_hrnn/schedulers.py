@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# Keys of a param group that hold learning rates: torch's own, OneCycleLR's, SWALR's.
-LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+# Keys of a param group that hold learning rates for anyone to read. Some schedulers store others for themselves, such
+# as OneCycleLR's `max_lr`: those stay in the unit of the scheduler.
+LR_KEYS = ("lr", "initial_lr")
 
 
 class HeldLR(LRScheduler):
@@ -102,16 +103,15 @@ def base_rates(optimizer: Optimizer, schedulers: list[LRScheduler]) -> list[floa
 
 @contextmanager
 def _multiplied(optimizer: Optimizer, unit: float) -> Iterator[None]:
-    """Multiply the learning rates of all groups by `unit` for a while; what is not changed comes back exactly."""
-    before = [{key: group[key] for key in LR_KEYS if key in group} for group in optimizer.param_groups]
-    shown = [{key: rate * unit for key, rate in rates.items()} for rates in before]
-    for group, rates in zip(optimizer.param_groups, shown, strict=True):
-        group.update(rates)
+    """Multiply the learning rates of all groups by `unit` for a while."""
+    for group, key in _rates_of(optimizer):
+        group[key] = group[key] * unit
     try:
         yield
     finally:
-        for group, old, rates in zip(optimizer.param_groups, before, shown, strict=True):
-            for key in LR_KEYS:
-                if key in group:
-                    rate = float(group[key])
-                    group[key] = old[key] if rates.get(key) == rate else rate / unit
+        for group, key in _rates_of(optimizer):
+            group[key] = float(group[key]) / unit
+
+
+def _rates_of(optimizer: Optimizer) -> list[tuple[dict[str, Any], str]]:
+    return [(group, key) for group in optimizer.param_groups for key in LR_KEYS if key in group]

@@ -35,6 +35,10 @@ def assert_equal_params(left, right):
         assert torch.equal(a, b), name
 
 
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if "HRNN" in record.getMessage()]
+
+
 # ---------------------------------------------------------------- what a fit does
 
 
@@ -50,9 +54,9 @@ def test_a_users_module_with_adamw_and_cosine_trains_by_adding_the_callback_alon
         trainer.fit(module, batches, batches)
     assert isinstance(trainer.optimizers[0], HRNN)
     assert sum(module.loss(batch).item() for batch in batches) < 0.8 * before
-    (said,) = [record.getMessage() for record in caplog.records if "HRNN" in record.getMessage()]
-    assert said.startswith("HRNNOptimizerCallback: AdamW -> HRNN (weights: hrnn-v0, lr: 1 x the learned rates)")
-    assert "Dropped: CosineAnnealingLR" in said
+    (message,) = said(caplog)
+    assert message.startswith("HRNNOptimizerCallback: AdamW -> HRNN (weights: hrnn-v0, lr: 1 x the learned rates)")
+    assert "Dropped: CosineAnnealingLR" in message
 
 
 def test_a_fit_is_the_plain_loop_bit_by_bit(tmp_path):
@@ -96,6 +100,17 @@ def test_a_second_fit_wraps_once(tmp_path, monkeypatch):
     assert "configure_optimizers" not in vars(module)
 
 
+def test_a_setup_without_teardown_is_forgotten(tmp_path):
+    """As after a run that was torn away."""
+    module, callback = Regression(), HRNNOptimizerCallback()
+    trainer = quiet_trainer(tmp_path, callback)
+    for _ in range(2):
+        callback.setup(trainer, module, "fit")
+    assert isinstance(module.configure_optimizers(), HRNN)
+    callback.teardown(trainer, module, "fit")
+    assert isinstance(module.configure_optimizers(), torch.optim.AdamW)
+
+
 def test_the_same_trainer_fits_again(tmp_path):
     module, trainer = Regression(), quiet_trainer(tmp_path, HRNNOptimizerCallback(), max_epochs=1)
     trainer.fit(module, Batches(2))
@@ -123,6 +138,9 @@ def test_after_an_exception_the_module_is_as_before_and_fits(tmp_path):
 @pytest.mark.parametrize("run", ["validate", "test", "predict"])
 def test_without_a_fit_nothing_happens(tmp_path, run):
     class Evaluated(Validated):
+        def setup(self, stage):  # runs after the callback's
+            assert "configure_optimizers" not in vars(self)
+
         def test_step(self, batch, batch_idx):
             self.log("test_loss", self.loss(batch))
 
@@ -193,12 +211,14 @@ def test_the_command_line_knows_the_options(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- helpers
 
 
-def test_configure_hrnn_trains_a_module_that_configures_nothing(tmp_path):
+def test_configure_hrnn_trains_a_module_that_configures_nothing(tmp_path, caplog):
     module = NoOptimizer()
     assert configure_hrnn(module, lr=0.5) is module
     before = copy.deepcopy(module.net.weight)
     trainer = quiet_trainer(tmp_path, max_epochs=1)
-    trainer.fit(module, Batches())
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, Batches())
+    assert said(caplog) == ["configure_hrnn: HRNN (weights: hrnn-v0) for all trainable parameters."]
     (optimizer,) = trainer.optimizers
     assert type(optimizer) is HRNN
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
@@ -207,16 +227,20 @@ def test_configure_hrnn_trains_a_module_that_configures_nothing(tmp_path):
     assert list(module.state_dict()) == ["net.weight", "net.bias"]
 
 
-def test_configure_hrnn_converts_for_good_and_attends(tmp_path):
+def test_configure_hrnn_converts_for_good_and_attends(tmp_path, caplog):
     rule, module, plain, batches = attentive_rule(), Regression(), Regression(), Batches()
     configure_hrnn(configure_hrnn(module, lr=0.1), weights=rule)  # the last word counts
     assert isinstance(module.configure_optimizers(), HRNN)
     trainer = quiet_trainer(tmp_path, accumulate_grad_batches=2)
-    for _ in range(2):
-        trainer.fit(module, batches)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            trainer.fit(module, batches)
+    message = "configure_hrnn: AdamW -> HRNN (weights: a rule of your own, lr: 1 x the learned rates)."
+    assert said(caplog) == [message] * 3  # one of them for the call above
     by_hand(plain, batches, accumulate=2, weights=rule, weight_decay=0.01)
     assert_equal_params(module, plain)
-    assert sum(isinstance(callback, HRNNOptimizerCallback) for callback in trainer.callbacks) == 1
+    (callback,) = [callback for callback in trainer.callbacks if isinstance(callback, HRNNOptimizerCallback)]
+    assert callback.options.weights is rule
     assert isinstance(module.configure_optimizers(), HRNN)
 
 

@@ -164,9 +164,40 @@ def test_manual_optimization_attends_and_returns(tmp_path):
     gan, probe = Watched(), Probe()
     quiet_trainer(tmp_path, HRNNOptimizerCallback(attentive_rule()), probe, max_epochs=1).fit(gan, Batches(4))
     ends = [value for name, value in probe.seen if name == "on_train_batch_end"]
+    before_generator = [value for name, value in probe.seen if name == "on_before_optimizer_step"][::2]
     begins, stepped = seen[::2], seen[1::2]
     assert [torch.equal(a, b) for a, b in zip(ends[:-1], begins[1:], strict=True)] == [False] * 3  # both nets attended
     assert all(torch.equal(a, b) for a, b in zip(ends, stepped, strict=True))  # both steps went back by themselves
+    generator = slice(sum(param.numel() for param in gan.generator.parameters()))
+    for end, before in zip(ends[:-1], before_generator[1:], strict=True):
+        assert torch.equal(end[generator], before[generator])
+
+
+class ByHand(Attended):
+    """Differentiates two losses one after the other and steps with every second batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        other = self(batch[0]).square().mean()
+        self.manual_backward(loss)
+        self.manual_backward(other)  # through the same weights, which must not have moved
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def test_manual_optimization_of_two_losses_and_without_a_step(tmp_path):
+    module, probe = ByHand(), Probe()
+    trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(attentive_rule()), probe, max_epochs=1)
+    trainer.fit(module, Batches(6), Batches(1))
+    ends = [value for name, value in probe.seen if name == "on_train_batch_end"]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(ends)] == [False, True, False, True, False]
+    assert [torch.equal(at, end) for at, end in zip(module.at[1:], ends[:-1], strict=True)] == [True, *[False] * 4]
+    assert torch.equal(weights(module), ends[-1])
 
 
 def test_an_epoch_cut_short_ends_at_the_true_weights(tmp_path):
@@ -182,6 +213,23 @@ def test_an_epoch_cut_short_ends_at_the_true_weights(tmp_path):
     assert len(module.at) == 2
     assert all(torch.equal(value, last) for name, value in probe.seen if name in ("on_train_epoch_end", "teardown"))
     assert torch.equal(weights(module), last)
+
+
+def test_attention_left_on_by_hand_ends_with_the_batch_the_epoch_and_the_fit(tmp_path):
+    class Careless(Attended):
+        def attend(self, *_):
+            (optimizer,) = self.trainer.optimizers
+            optimizer.begin_attention()
+
+        on_train_batch_end = on_train_epoch_end = on_validation_end = attend
+
+    module, plain, probe, batches, rule = Careless(), Regression(), Probe(), Batches(3), attentive_rule()
+    quiet_trainer(tmp_path, HRNNOptimizerCallback(rule), probe).fit(module, batches, Batches(1))
+    after, start = true_weights(rule, batches, 2, 1)
+    known = {tuple(value.tolist()) for value in [start, *after]}
+    assert [name for name, value in probe.seen if tuple(value.tolist()) not in known] == []
+    by_hand(plain, batches, weights=rule, weight_decay=0.01)
+    assert same_state(module.state_dict(), plain.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
