@@ -112,6 +112,7 @@ def test_reaches_a_lower_loss_by_default() -> None:
 def test_going_on_from_a_copy_equals_no_stop(rule: HierarchicalRNN, wrapper: str) -> None:
     params = make_params()
     optimizer = HRNN(params, weights=rule, lr=0.7, weight_decay=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 100)  # puts a marked `step` on the instance
     run(optimizer, params, range(4))
     if wrapper == "pickle":
         twin = pickle.loads(pickle.dumps(optimizer))
@@ -166,6 +167,8 @@ def test_refuses_the_state_of_another_optimizer() -> None:
     before = state_of(optimizer)
     with pytest.raises(ValueError, match=r"not the state of HRNN.*exp_avg.*another optimizer"):
         optimizer.load_state_dict(adam.state_dict())
+    with pytest.raises(ValueError, match=r"not the state of HRNN.*no initial_rate.*another optimizer"):
+        optimizer.load_state_dict(torch.optim.SGD(params, lr=0.1).state_dict())  # has no state to tell it by
     with pytest.raises(ValueError, match="not an optimizer's state"):
         optimizer.load_state_dict({"model": 1})
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(optimizer), strict=True))

@@ -405,9 +405,12 @@ class HRNN(Optimizer):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything, unlike torch's own, so that copies and pickles work."""
-        hooks = {key for key in self.__dict__ if key.endswith("_hooks")}
-        return {key: value for key, value in self.__dict__.items() if key not in hooks}
+        """Return everything, unlike torch's own, so that copies and pickles work.
+
+        Except hooks, and the `step` that torch's schedulers put on the instance: it would step the original.
+        """
+        left_out = {key for key in self.__dict__ if key.endswith("_hooks")} | {"step"}
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
 
 def _frozen(rule: HierarchicalRNN) -> HierarchicalRNN:
@@ -458,3 +461,8 @@ def _check_state(state_dict: dict[str, Any]) -> None:
                 f"This is not the state of HRNN: parameter {index} has {sorted(map(str, state))} and lacks {missing}. "
                 "It looks like another optimizer's; load it into that one, or start HRNN without it."
             )
+    if any("initial_rate" not in group for group in state_dict["param_groups"]):  # SGD's state may be empty
+        raise ValueError(
+            "This is not the state of HRNN: its param groups have no initial_rate. It looks like another optimizer's; "
+            "load it into that one, or start HRNN without it."
+        )
