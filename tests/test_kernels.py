@@ -368,13 +368,21 @@ def test_a_lock_left_behind_does_not_block_and_a_library_is_built_once(tmp_path,
 
 
 def test_a_build_that_died_is_done_again(tmp_path, monkeypatch):
-    """A library without its mark may be half written."""
+    """A library without its mark may be half written; one that cannot be loaded is damaged."""
     loader = FakeLoader(tmp_path)
     monkeypatch.setattr(build, "_extension_loader", lambda: loader)
     build._load(10, 4)
     (tmp_path / "done").unlink()
     build._load(10, 4)
     assert loader.builds == 2
+
+    def refuse(path):
+        raise OSError(f"{path}: file too short")
+
+    monkeypatch.setattr(build.torch.ops, "load_library", refuse)
+    build._load(10, 4)
+    assert loader.builds == 3
+    assert (tmp_path / "done").exists()
 
 
 def test_instruction_sets_have_libraries_of_their_own(tmp_path, monkeypatch):

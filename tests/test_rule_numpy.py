@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_hrnn.optimizer.features import FEATURES, Layout
+from lightning_hrnn.optimizer.features import FEATURES, Layout, count_features
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
 
 MODELS = [[4, 1, 3], [2], [5, 2]]  # sizes of the tensors of three models
@@ -316,8 +316,8 @@ def test_every_feature_matters(feature):
     grads = torch.from_numpy(gradients())
     rates = torch.linspace(-6, -3, len(SIZES), dtype=torch.float64)
     expected = roll(rule, grads, rates).update
-    start = sum({"scaled_gradient": 4, "neighbour_products": 3, "relative_magnitudes": 4, "relative_rate": 1}[name]
-                for name in list(FEATURES)[: list(FEATURES).index(feature)])  # fmt: skip
+    names = list(FEATURES)
+    start = count_features(names[: names.index(feature) + 1], 4) - count_features([feature], 4)
     with torch.no_grad():
         rule.param_rnn.gate_weight[:, start] = 0
         rule.param_rnn.candidate_weight[:, start] = 0

@@ -77,19 +77,23 @@ def _load(param_hidden: int, timescales: int) -> Any:
     directory = Path(loader._get_build_directory(name, verbose=False))
     library, done = directory / f"{name}.so", directory / "done"
     with _alone(directory / "building"):
-        if not (done.exists() and library.exists()):
-            # Nobody else is building: a lock that torch left behind belongs to a process that died.
-            (directory / "lock").unlink(missing_ok=True)
-            loader.load(
-                name,
-                [str(folder / source) for source in SOURCES if source.endswith(".cpp")],
-                extra_cflags=[*flags, f"-DHRNN_LIBRARY={name}"],
-                build_directory=str(directory),
-                is_python_module=False,
-            )
-            done.touch()
-        else:
-            torch.ops.load_library(str(library))
+        if done.exists():
+            try:
+                torch.ops.load_library(str(library))
+                return getattr(torch.ops, name)
+            except OSError:  # damaged, or gone: build it again
+                done.unlink()
+        # Nobody else is building: what lies here, torch's own lock included, is from a process that died.
+        for remains in (directory / "lock", library, *directory.glob("*.o")):
+            remains.unlink(missing_ok=True)
+        loader.load(
+            name,
+            [str(folder / source) for source in SOURCES if source.endswith(".cpp")],
+            extra_cflags=[*flags, f"-DHRNN_LIBRARY={name}"],
+            build_directory=str(directory),
+            is_python_module=False,
+        )
+        done.touch()
     return getattr(torch.ops, name)
 
 

@@ -195,4 +195,5 @@ class CppKernel:
         for param, copy in zip(moved, pending.params, strict=True):
             if copy.data_ptr() != param.data_ptr():
                 param.copy_(copy)
-        increment_version([*moved, *lookaheads])
+        for changed in (*moved, *lookaheads):
+            increment_version(changed)
