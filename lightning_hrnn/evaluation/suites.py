@@ -18,13 +18,14 @@ from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLeve
 
 INSTANCES = 2
 SEED = 20170717
+LOSS_FLOOR = 3e-3  # of the first loss: below this, less is not counted as better
 LR_GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, -2))  # 1e-4 to 3e-2, half a decade apart
 
 
 class Outcome(NamedTuple):
     """Hold how a validation run went."""
 
-    regret: Tensor  # [] mean over instances and scored steps of log loss less that of tuned Adam; 0 is as good
+    regret: Tensor  # [] mean over instances and scored steps of the log loss less tuned Adam's; 0 is as good
     diverged: Tensor  # [] share of instances that ended above where they began
     losses: Tensor  # [N, B] of the rule
     baseline: Tensor  # [N, B] of Adam at its best rate
@@ -67,10 +68,10 @@ class ValidationRun(NamedTuple):
         start = begin(rule, population, math.log(initial_rate))
         losses = unroll(rule, population, start, self.steps, self.scored(), engine).losses
         baseline = _tuned_adam(self.name, self.steps, str(device))
-        worst = initial * 10  # a loss that is not finite counts as this
+        worst, least = initial * 10, initial * LOSS_FLOOR  # a loss that is not finite counts as the worst
         safe = torch.where(losses.isfinite(), losses, worst).minimum(worst)
         return Outcome(
-            regret=(safe.log() - baseline.log()).mean(),
+            regret=((safe + least) / (baseline + least)).log().mean(),
             diverged=(safe[-1] > initial).float().mean(),
             losses=losses,
             baseline=baseline,

@@ -77,7 +77,7 @@ class RuleConfig:
     rate: str = "bounded"
     readouts: tuple[str, ...] = ("direction",)
     drift_rise: float = 2.0
-    drift_fall: float = 1.0
+    drift_fall: float = 0.5
     drift_delay: float = 20.0
     momentary_bound: float = 2.0
 
@@ -268,8 +268,8 @@ class BoundedRate(nn.Module):
     with `t` the number of steps taken, `d` the delay, and `p` one power where the rate rises and another where it
     falls. The bounds up to step `t` add up to `p log(1 + t/d)`: a rate rises or falls at most like a power of time.
     Rules meta-trained on short windows like to anneal by orders of magnitude within hundreds of steps (short-horizon
-    bias, arXiv 1803.02021); here they cannot fall faster than `1/t`, as stochastic gradient descent should, at any
-    age, and what they lost they can win back sooner.
+    bias, arXiv 1803.02021); here they cannot fall faster than `t ** -0.5`, a schedule that is safe at any age, and
+    what they lost they can win back sooner.
     """
 
     def __init__(self, config: RuleConfig) -> None:

@@ -9,6 +9,7 @@ Legend: `T` tensors of one call, `R` readouts, `H0` param hidden size, `F` featu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -65,16 +66,31 @@ def available_kernels() -> dict[str, str]:
     return {"eager": "available", "cpp": cpp.why_unavailable() or "available"}
 
 
+KERNELS = ("auto", "eager", "cpp")
+
+
 def choose_kernel(name: str, rule: HierarchicalRNN, device_type: str) -> StepKernel:
     """Return the named kernel, or with `"auto"` the fastest one that can run the rule on the device.
+
+    A kernel that cannot be had falls back to the eager one; asked for by name, it warns.
 
     Raises:
         ValueError: no kernel has that name.
     """
+    from lightning_hrnn.optimizer.kernels import cpp
     from lightning_hrnn.optimizer.kernels.eager import EagerKernel
 
-    if name not in ("auto", "eager"):
-        raise ValueError(f"Unknown kernel {name!r}: choose from ['auto', 'eager'].")
+    if name not in KERNELS:
+        raise ValueError(f"Unknown kernel {name!r}: choose from {list(KERNELS)}.")
+    if name == "eager" or (name == "auto" and device_type != "cpu"):
+        return EagerKernel()
+    reason = cpp.why_unavailable() or cpp.why_unsupported(rule)
+    if device_type != "cpu":
+        reason = f"It runs on the CPU, not on {device_type}."
+    if reason is None:
+        return cpp.CppKernel()
+    if name == "cpp":
+        warnings.warn(f"The kernel 'cpp' cannot be had: {reason} The eager one runs instead.", stacklevel=3)
     return EagerKernel()
 
 

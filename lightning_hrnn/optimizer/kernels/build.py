@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import platform
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -43,9 +45,14 @@ def why_unavailable() -> str | None:
     compiler = _extension_loader().get_cxx_compiler()
     if shutil.which(compiler) is None:
         return f"There is no C++ compiler {compiler!r}: install g++."
-    if shutil.which("ninja") is None:
-        return "There is no ninja on the PATH: pip install ninja."
+    if _ninja() is None:
+        return "There is no ninja: pip install ninja."
     return None
+
+
+def _ninja() -> str | None:
+    """Find ninja on the PATH, or among this environment's scripts, which need not be on it."""
+    return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
 
 
 @cache
@@ -86,13 +93,15 @@ def _load(param_hidden: int, timescales: int) -> Any:
         # Nobody else is building: what lies here, torch's own lock included, is from a process that died.
         for remains in (directory / "lock", library, *directory.glob("*.o")):
             remains.unlink(missing_ok=True)
-        loader.load(
-            name,
-            [str(folder / source) for source in SOURCES if source.endswith(".cpp")],
-            extra_cflags=[*flags, f"-DHRNN_LIBRARY={name}"],
-            build_directory=str(directory),
-            is_python_module=False,
-        )
+        logging.getLogger("lightning_hrnn").warning("Compiling the CPU kernel, once: this takes about half a minute.")
+        with _ninja_on_path():
+            loader.load(
+                name,
+                [str(folder / source) for source in SOURCES if source.endswith(".cpp")],
+                extra_cflags=[*flags, f"-DHRNN_LIBRARY={name}"],
+                build_directory=str(directory),
+                is_python_module=False,
+            )
         done.touch()
     return getattr(torch.ops, name)
 
@@ -103,6 +112,17 @@ def _flags() -> list[str]:
         return list(OPTIMIZE)
     capability = torch.backends.cpu.get_cpu_capability()
     return [*OPTIMIZE, *next((flags for name, flags in INSTRUCTIONS.items() if capability.startswith(name)), ())]
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Let torch's loader, which calls ninja by its name, find it."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([before, str(Path(_ninja() or "ninja").parent)])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 @lru_cache(maxsize=1)
