@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lightning_hrnn.evaluation.suites import Outcome
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
@@ -93,7 +94,7 @@ class MetaLearner(LightningModule):
         self.engine: ParamLevelEngine | None = choose_engine(engine, self.rule)
         self.skipped_meta_steps = 0
         self._stored_pool: dict[str, Any] | None = None
-        self._validation: dict[str, Tensor] = {}
+        self._evaluation: dict[str, Outcome] = {}
 
     # ------------------------------------------------------------------ a meta-step
 
@@ -175,13 +176,13 @@ class MetaLearner(LightningModule):
         """Train one unseen network with the averaged rule, far past the training horizon, beside tuned Adam."""
         with torch.inference_mode(False), torch.no_grad():
             outcome = batch.run(self.averaged_rule, self.initial_rate, self.engine, self.device)
-        self._validation[batch.name] = outcome.regret
+        self._evaluation[batch.name] = outcome
         self.log(f"val/{batch.name}", outcome.regret, sync_dist=True, batch_size=1)
         self.log("val/diverged", outcome.diverged, sync_dist=True, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
         """Log the score that chooses the best checkpoint."""
-        score = torch.stack(list(self._validation.values())).mean()
+        score = torch.stack([outcome.regret for outcome in self._evaluation.values()]).mean()
         self.log("val/regret", score, prog_bar=True, sync_dist=True)
 
     # ------------------------------------------------------------------ what is kept
@@ -204,23 +205,24 @@ class MetaLearner(LightningModule):
     def export(self, path: str | Path, card: dict[str, Any] | None = None) -> Path:
         """Write the averaged meta-parameters and their card.
 
+        Weights that were only validated here keep what their card said of their meta-training.
+
         Args:
             path: of the `.safetensors` file.
             card: what the caller knows of how they came about.
         """
-        datamodule = getattr(self._trainer, "datamodule", None)
-        return save_pretrained(
-            self.averaged_rule,
-            path,
-            {
+        if self.global_step == 0 and self.started_from:
+            history = {key: value for key, value in self.rule.card.items() if key != "name"}
+        else:
+            datamodule = getattr(self._trainer, "datamodule", None)
+            history = {
                 "package_version": __version__,
                 **(datamodule.description if datamodule is not None else {}),
                 "meta_steps": self.global_step,
                 "horizon": round(self.pool.lives.upper(self.global_step)),
                 "window": self.window,
-                "initial_rate": self.initial_rate,
                 "started_from": self.started_from,
-                "validation": {name: round(float(value), 4) for name, value in sorted(self._validation.items())},
-                **(card or {}),
-            },
-        )
+            }
+        evaluation = [outcome.row(name) for name, outcome in sorted(self._evaluation.items())]
+        full = {**history, "initial_rate": self.initial_rate, "evaluation": evaluation, **(card or {})}
+        return save_pretrained(self.averaged_rule, path, full)

@@ -316,10 +316,15 @@ def test_the_best_weights_are_exported_with_a_card(tmp_path: Path) -> None:
     assert rule.card["seed"] == 5
     assert rule.card["by"] == "a test"
     assert rule.card["val/regret"] == pytest.approx(export.best, abs=1e-3)
-    assert set(rule.card["validation"]) == {"wide-mlp"}
+    (row,) = rule.card["evaluation"]
+    assert row["net"] == "wide-mlp"
+    assert len(row["steps"]) == len(row["hrnn"]) == len(row["tuned_adam"])
     assert HRNN([torch.nn.Parameter(torch.ones(2))], weights=path).uses_attention is False
     started = make_learner(weights=str(path))
     assert torch.equal(started.rule.decay_bias, rule.decay_bias)
+    started.export(tmp_path / "again.safetensors")
+    again = load_pretrained(tmp_path / "again.safetensors").card
+    assert (again["meta_steps"], again["corpus"], again["name"]) == (rule.card["meta_steps"], "quick", "again")
 
 
 def test_meta_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:

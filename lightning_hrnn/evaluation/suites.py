@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,17 @@ class Outcome(NamedTuple):
     diverged: Tensor  # [] share of instances that ended above where they began
     losses: Tensor  # [N, B] of the rule
     baseline: Tensor  # [N, B] of Adam at its best rate
+    steps: list[int]  # [N] at which they were taken
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Return plain values for a card or a table; losses are means over instances."""
+        return {
+            "net": name,
+            "regret": round(float(self.regret), 4),
+            "steps": self.steps,
+            "hrnn": [round(float(value), 6) for value in self.losses.mean(1)],
+            "tuned_adam": [round(float(value), 6) for value in self.baseline.mean(1)],
+        }
 
 
 def validation_suite(names: Sequence[str] | None = None) -> list[str]:
@@ -75,6 +86,7 @@ class ValidationRun(NamedTuple):
             diverged=(safe[-1] > initial).float().mean(),
             losses=losses,
             baseline=baseline,
+            steps=[step + 1 for step in sorted(self.scored())],
         )
 
 
