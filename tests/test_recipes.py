@@ -20,6 +20,9 @@ HEADINGS = ["What", "Prerequisites", "Launch", "Override", "Limits"]
 INSTEAD = {
     "recipes/trainer/gpu.yaml": ["--trainer.accelerator", "cpu"],
     "recipes/trainer/ddp2.yaml": ["--trainer.strategy", "auto", "--trainer.devices", "1"],
+    "recipes/meta_train/default.yaml": shlex.split(
+        "--model.places 2 --model.window 4 --model.scored_steps 2 --data.instances 2 --data.validation_steps 4"
+    ),
 }
 SHORT = [
     "--trainer.fast_dev_run",

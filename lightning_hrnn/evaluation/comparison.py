@@ -156,13 +156,17 @@ class ScoreCurve(Callback):
         """Score after every `every` steps."""
         if trainer.global_step % self.every == 0:
             self._add_score(trainer, pl_module)
-        if self.progress is not None:
-            self.progress(trainer.global_step, self.curve[-1].train_loss)
+        self._tell(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the last weights."""
         if self.curve[-1].step != trainer.global_step:
             self._add_score(trainer, pl_module)
+            self._tell(trainer)
+
+    def _tell(self, trainer: Trainer) -> None:
+        if self.progress is not None:
+            self.progress(trainer.global_step, self.curve[-1].train_loss)
 
     def _add_score(self, trainer: Trainer, module: LightningModule) -> None:
         if self.curve:
