@@ -111,7 +111,8 @@ class MetaLearner(LightningModule):
         scores = self.meta_loss(result.losses, self.pool.initial_losses())  # [N, M]
         self._log_window(population.by_batch(scores.detach()), few_families=batch.families <= FAMILIES_SHOWN)
         self.pool.advance(population, result.progress, self.window)
-        return scores.mean()
+        # DDP wants every meta-parameter in the graph, and a window in which no task begins has no use for initial states.
+        return scores.mean() + 0.0 * sum(value.sum() for value in self.rule.parameters())
 
     def _draw_scored(self) -> set[int]:
         """Choose the steps of a window that are scored: others each time, the same on every rank."""

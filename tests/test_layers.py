@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "tasks": {"version"},
     "vision": {"version"},
     "meta": {"version", "optimizer", "tasks"},
-    "evaluation": {"version", "optimizer", "tasks", "meta.unroll", "meta.population"},  # the unroll and what it takes
+    # The unroll and what it takes; real models to measure on.
+    "evaluation": {"version", "optimizer", "tasks", "meta.unroll", "meta.population", "meta.memory", "vision"},
     "schedulers": set(),
     "configure": {"version", "optimizer", "schedulers"},
     "callbacks": {"version", "optimizer", "schedulers", "configure"},
@@ -27,6 +28,8 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["cli"] = MAY_IMPORT.keys() - {"__init__"}
 MAY_IMPORT["__main__"] = {"cli"}
+
+READS_PATH = f"{PACKAGE}.optimizer.kernels.build"  # torch's extension loader finds ninja on the PATH alone
 
 # Layer -> other projects' packages it may import: plain torch below, the core dependencies, the extra `vision`.
 TORCH = {"torch", "typing_extensions"}
@@ -144,7 +147,7 @@ def test_torch_folders_never_read_the_environment(layer):
     bad = [
         f"{module}, line {node.lineno}: {ast.unparse(node)}"
         for module, source in modules().items()
-        if module.split(".")[1] == layer
+        if module.split(".")[1] == layer and module != READS_PATH
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
     ]

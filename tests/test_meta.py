@@ -372,3 +372,39 @@ def test_bad_settings_are_refused() -> None:
         validation_suite(["resnet"])
     with pytest.raises(ValueError, match=r"exported as \.safetensors"):
         WeightsExport("a.pt").setup(None, make_learner(), "fit")  # type: ignore[arg-type]
+
+
+class RecordSeeds(Callback):
+    """Write down which tasks each rank met, and what it learned."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: MetaLearner) -> None:
+        torch.save(
+            {
+                "seeds": [place.seed for place in pl_module.pool],
+                "rule": [value.detach().clone() for value in pl_module.rule.parameters()],
+                "average": [value.detach().clone() for value in pl_module.averaged_rule.parameters()],
+            },
+            self.folder / f"rank{trainer.global_rank}.pt",
+        )
+
+
+def test_two_processes_meet_different_tasks_and_learn_one_rule(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        3,
+        strategy="ddp_fork",
+        devices=2,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        callbacks=[RecordSeeds(tmp_path)],
+    )
+    trainer.fit(make_learner(), TaskDataModule("quick", instances=2, epoch_steps=10))
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert not set(one["seeds"]) & set(two["seeds"])
+    for key in ("rule", "average"):
+        assert all(torch.equal(a, b) for a, b in zip(one[key], two[key], strict=True))
+    start = make_learner().rule.parameters()
+    assert not all(torch.equal(a, b) for a, b in zip(one["rule"], start, strict=True))
