@@ -51,6 +51,7 @@ class MetaLearner(LightningModule):
         warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
         averaging: decay of the weight average that is validated and exported.
         engine: `"auto"`, `"eager"`, or `"cpp"`: how the param level is computed.
+        threads: of each process on the CPU. Inner steps are many small operations: use processes (DDP), not threads.
 
     Example::
 
@@ -74,6 +75,7 @@ class MetaLearner(LightningModule):
         warmup_steps: int = 50,
         averaging: float = 0.98,
         engine: str = "auto",
+        threads: int = 1,
     ) -> None:
         super().__init__()
         if not 1 <= scored_steps <= window:
@@ -89,7 +91,7 @@ class MetaLearner(LightningModule):
         self.window, self.scored_steps, self.second_order = window, scored_steps, second_order
         self.meta_loss = loss or LogRatio()
         self.pool = TaskPool(places, lives or Lives(), rates)
-        self.initial_rate = initial_rate
+        self.initial_rate, self.threads = initial_rate, threads
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.engine: ParamLevelEngine | None = choose_engine(engine, self.rule)
         self.skipped_meta_steps = 0
@@ -98,8 +100,9 @@ class MetaLearner(LightningModule):
 
     # ------------------------------------------------------------------ a meta-step
 
-    def on_fit_start(self) -> None:
-        """Prepare the allocator for unrolls."""
+    def setup(self, stage: str) -> None:
+        """Prepare the process for unrolls: many small operations, which threads only slow down, on much memory."""
+        torch.set_num_threads(self.threads)
         keep_freed_memory()
 
     def training_step(self, batch: TaskStream, batch_idx: int) -> STEP_OUTPUT:
