@@ -82,14 +82,30 @@ def show(facts: dict[str, Any], console: Console) -> None:
         table.add_row("meta-parameters", f"{weights['meta_parameters']:,}")
         table.add_row("checksum", f"{weights['checksum']}, sha256 {weights['card']['sha256'][:16]}…")
         for key, value in weights["card"].items():
-            if key not in ("name", "sha256"):
+            if key not in ("name", "sha256", "evaluation"):
                 table.add_row(key.replace("_", " "), _text(value))
         console.print(table)
+        if weights["card"].get("evaluation"):
+            console.print(_evaluation(weights["card"]["evaluation"]))
     for title in ("kernels", "versions"):
         table = _table(title)
         for key, value in facts[title].items():
             table.add_row(key, value)
         console.print(table)
+
+
+def _evaluation(rows: list[dict[str, Any]]) -> Table:
+    """Lay out losses on unseen networks, HRNN's beside those of Adam at its best constant rate."""
+    chosen = range(len(rows[0]["steps"]))[1::2]
+    table = Table(title="loss on unseen networks: HRNN / tuned Adam", title_justify="left", title_style="bold")
+    table.add_column("net", style="cyan", no_wrap=True)
+    for index in chosen:
+        table.add_column(f"step {rows[0]['steps'][index]}", justify="right")
+    table.add_column("regret", justify="right")
+    for row in rows:
+        losses = [f"{row['hrnn'][index]:.3g} / {row['tuned_adam'][index]:.3g}" for index in chosen]
+        table.add_row(row["net"], *losses, f"{row['regret']:+.2f}")
+    return table
 
 
 def _table(title: str) -> Table:
