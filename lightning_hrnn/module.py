@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_hrnn.evaluation.suites import Outcome
+from lightning_hrnn.meta.estimators import PES, TruncatedBackprop, Window
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
-from lightning_hrnn.meta.unroll import unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine, RuleConfig
 from lightning_hrnn.optimizer.kernels import choose_engine
 from lightning_hrnn.optimizer.pretrained import load_pretrained, save_pretrained
@@ -33,7 +33,7 @@ FAMILIES_SHOWN = 8  # the progress bar names the meta-loss of each family of cor
 
 
 class MetaLearner(LightningModule):
-    """Meta-train the update rule by truncated backprop.
+    """Meta-train the update rule, by truncated backprop or by evolution strategies.
 
     Args:
         preset: configuration of a new rule, see `RuleConfig.preset`.
@@ -46,7 +46,7 @@ class MetaLearner(LightningModule):
         rates: range of first learned rates that tasks start from.
         initial_rate: first learned rate in validation, and of the exported weights.
         loss: the meta-loss.
-        second_order: differentiate through the tasks' gradients.
+        estimator: of the meta-gradient: `TruncatedBackprop` (the default) or `PES`.
         learning_rate: of the meta-optimizer, Adam.
         warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
         averaging: decay of the weight average that is validated and exported.
@@ -70,7 +70,7 @@ class MetaLearner(LightningModule):
         rates: tuple[float, float] = (1e-5, 1e-2),
         initial_rate: float = 1e-3,
         loss: LogRatio | None = None,
-        second_order: bool = False,
+        estimator: TruncatedBackprop | PES | None = None,
         learning_rate: float = 1e-3,
         warmup_steps: int = 50,
         averaging: float = 0.98,
@@ -88,7 +88,8 @@ class MetaLearner(LightningModule):
         )
         self.average = AveragedModel(self.rule, multi_avg_fn=get_ema_multi_avg_fn(averaging)).requires_grad_(False)
         self.started_from = weights
-        self.window, self.scored_steps, self.second_order = window, scored_steps, second_order
+        self.window, self.scored_steps = window, scored_steps
+        self.estimator = estimator or TruncatedBackprop()
         self.meta_loss = loss or LogRatio()
         self.pool = TaskPool(places, lives or Lives(), rates)
         self.initial_rate, self.threads = initial_rate, threads
@@ -109,23 +110,25 @@ class MetaLearner(LightningModule):
         """Advance every task of the pool by one window and return the meta-loss of the window."""
         self._restore_pool(batch)
         self.pool.refill(batch, self.rule, self.global_step, self.device)
-        population, start = self.pool.population(), self.pool.start(self.rule)
-        result = unroll(self.rule, population, start, self.window, self._draw_scored(), self.engine, self.second_order)
-        scores = self.meta_loss(result.losses, self.pool.initial_losses())  # [N, M]
-        self._log_window(population.by_batch(scores.detach()), few_families=batch.families <= FAMILIES_SHOWN)
-        self.pool.advance(population, result.progress, self.window)
-        # DDP wants every meta-parameter in the graph, and a window in which no task begins has no use for initial states.
-        return scores.mean() + 0.0 * sum(value.sum() for value in self.rule.parameters())
+        names = [place.tasks.family.name for place in self.pool]
+        window = Window(self.window, self._draw_scored(), self.meta_loss, self.engine, self._window_number(batch))
+        estimate = self.estimator(self.rule, self.pool, window)
+        self._log_window(names, estimate.scores, few_families=batch.families <= FAMILIES_SHOWN)
+        return estimate.surrogate
+
+    def _window_number(self, stream: TaskStream) -> int:
+        """Number the windows of all ranks apart, so that no two draw the same perturbations."""
+        return self.global_step * stream.shards + stream.shard
 
     def _draw_scored(self) -> set[int]:
         """Choose the steps of a window that are scored: others each time, the same on every rank."""
         rng = random.Random(self.global_step)
         return {self.window - 1, *rng.sample(range(self.window - 1), self.scored_steps - 1)}
 
-    def _log_window(self, scores: list[Tensor], few_families: bool) -> None:
+    def _log_window(self, names: list[str], scores: list[Tensor], few_families: bool) -> None:
         by_family = defaultdict(list)
-        for place, values in zip(self.pool, scores, strict=True):
-            by_family[place.tasks.family.name].append(values.mean())
+        for name, values in zip(names, scores, strict=True):
+            by_family[name].append(values.mean())
         every = torch.cat(scores, -1)
         self.log("meta_loss", every.mean(), prog_bar=True, sync_dist=True)
         self.log("diverged", self.meta_loss.diverged(every[-1]).float().mean(), prog_bar=True, sync_dist=True)
@@ -194,11 +197,13 @@ class MetaLearner(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the tasks in flight."""
         checkpoint["task_pool"] = self.pool.state_dict()
+        checkpoint["estimator"] = self.estimator.state_dict()
         checkpoint["skipped_meta_steps"] = self.skipped_meta_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the tasks in flight, at the first window, when the stream that draws them is at hand."""
         self._stored_pool = checkpoint.get("task_pool")
+        self.estimator.load_state_dict(checkpoint.get("estimator", {}))
         self.skipped_meta_steps = checkpoint.get("skipped_meta_steps", 0)
 
     def _restore_pool(self, stream: TaskStream) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_hrnn.datamodule import TaskDataModule
 from lightning_hrnn.evaluation.suites import LOSS_FLOOR, ValidationRun, validation_suite
 from lightning_hrnn.export import WeightsExport
+from lightning_hrnn.meta.estimators import PES, TruncatedBackprop, Window
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.population import Population, TaskBatch, join
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
@@ -145,6 +146,70 @@ def double_precision() -> Any:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def pes_pool(rule: HierarchicalRNN, places: int = 4) -> TaskPool:
+    pool = TaskPool(places, Lives(1000, 1000, 1000, 1), rates=(1e-2, 1e-2))
+    pool.refill(TaskStream(Parabola(), 2, 0), rule, 0, "cpu")
+    return pool
+
+
+def estimate_of(rule: HierarchicalRNN, estimator: Any, pool: TaskPool, index: int) -> tuple[Tensor, float]:
+    rule.zero_grad()
+    result = estimator(rule, pool, Window(4, {1, 3}, LogRatio(), index=index))
+    result.surrogate.backward()
+    return torch.cat([value.grad.reshape(-1) for value in rule.parameters()]), float(result.surrogate.detach())
+
+
+def test_pes_agrees_with_second_order_backprop_on_average(double_precision: None) -> None:
+    rule = HierarchicalRNN(RuleConfig(param_hidden=2, tensor_hidden=2, global_hidden=2, timescales=2))
+    expected, value = estimate_of(rule, TruncatedBackprop(second_order=True), pes_pool(rule, 1), 0)
+    drawn, values = zip(
+        *(estimate_of(rule, PES(sigma=1e-3, pairs=1), pes_pool(rule, 1), index) for index in range(600)), strict=True
+    )
+    mean = torch.stack(drawn).mean(0)
+    assert torch.cosine_similarity(mean, expected, dim=0) > 0.8
+    assert sum(values) / len(values) == pytest.approx(value, rel=1e-3)
+
+
+def test_pes_credits_late_losses_to_early_perturbations() -> None:
+    rule = HierarchicalRNN()
+    pool, pes = pes_pool(rule, places=2), PES(sigma=0.01, pairs=2)
+    noises = []
+    for index in range(3):
+        estimate_of(rule, pes, pool, index)
+        noises.append([twin["noise"] for twin in pes.state_dict()["twins"]])
+    assert [place.age for place in pool] == [12, 12]
+    spread = [torch.stack(noise).std() / 0.01 for noise in noises]  # sums of n draws spread like the root of n
+    assert [float(value) for value in spread] == pytest.approx([1, math.sqrt(2), math.sqrt(3)], rel=0.05)
+    pool.places[0].age = 1000
+    pool.refill(TaskStream(Parabola(), 2, 9), rule, 0, "cpu")
+    estimate_of(rule, pes, pool, 3)
+    youngest = next(t["noise"] for t in pes.state_dict()["twins"] if t["seed"] == pool.places[1].seed)
+    assert float(youngest.std() / 0.01) == pytest.approx(1, rel=0.05)
+
+
+def test_pes_comes_back_as_it_was() -> None:
+    rule = HierarchicalRNN()
+    pool, pes = pes_pool(rule), PES(sigma=0.01, pairs=2)
+    estimate_of(rule, pes, pool, 0)
+    twin_pool, twin = TaskPool(4, pool.lives, pool.rates), PES(sigma=0.01, pairs=2)
+    twin_pool.load_state_dict(pool.state_dict(), TaskStream(Parabola(), 2, 0), "cpu")
+    twin.load_state_dict(pes.state_dict())
+    ours, theirs = (estimate_of(rule, each, tasks, 1)[0] for each, tasks in ((pes, pool), (twin, twin_pool)))
+    assert torch.equal(ours, theirs)
+
+
+def test_pes_trains_in_a_trainer(tmp_path: Path) -> None:
+    learner = make_learner(estimator=PES(sigma=0.02, pairs=2))
+    start = [value.detach().clone() for value in learner.rule.parameters()]
+    make_trainer(tmp_path, 3, limit_val_batches=0, enable_checkpointing=False).fit(
+        learner, TaskDataModule("quick", instances=2, epoch_steps=3)
+    )
+    assert learner.skipped_meta_steps == 0
+    assert not all(torch.equal(a, b) for a, b in zip(start, learner.rule.parameters(), strict=True))
+    with pytest.raises(ValueError, match="sigma must be positive"):
+        PES(sigma=0.0)
 
 
 class TestLogRatio:

@@ -96,14 +96,14 @@ def show(facts: dict[str, Any], console: Console) -> None:
 
 def _evaluation(rows: list[dict[str, Any]]) -> Table:
     """Lay out losses on unseen networks, HRNN's beside those of Adam at its best constant rate."""
-    chosen = range(len(rows[0]["steps"]))[1::2]
+    chosen = range(len(rows[0]["steps"]))[3::2]
     table = Table(title="loss on unseen networks: HRNN / tuned Adam", title_justify="left", title_style="bold")
     table.add_column("net", style="cyan", no_wrap=True)
     for index in chosen:
         table.add_column(f"step {rows[0]['steps'][index]}", justify="right")
     table.add_column("regret", justify="right")
     for row in rows:
-        losses = [f"{row['hrnn'][index]:.3g} / {row['tuned_adam'][index]:.3g}" for index in chosen]
+        losses = [f"{row['hrnn'][index]:.2g} / {row["tuned_adam"][index]:.2g}" for index in chosen]
         table.add_row(row["net"], *losses, f"{row['regret']:+.2f}")
     return table
 

@@ -102,6 +102,16 @@ class Place:
     life: int
 
 
+def started(progress: Progress, place: Place, rule: HierarchicalRNN) -> Progress:
+    """Let a task at its first step begin from the initial states of `rule`, which then receive meta-gradients."""
+    if place.age > 0:
+        return progress
+    state = rule.init(Population([place.tasks]).layout, 0.0)
+    if progress.state.log_rate.shape == state.log_rate.shape:
+        state = state._replace(log_rate=progress.state.log_rate)
+    return progress._replace(state=state)
+
+
 class TaskPool:
     """Keep task batches at different ages.
 
@@ -148,18 +158,8 @@ class TaskPool:
         return Population([place.tasks for place in self.places])
 
     def start(self, rule: HierarchicalRNN) -> Progress:
-        """Return the progress of all places, end to end.
-
-        Tasks at their first step begin from the rule's initial states, which then receive meta-gradients.
-        """
-        parts = []
-        for place in self.places:
-            if place.age == 0:
-                state = rule.init(Population([place.tasks]).layout, 0.0)
-                state = state._replace(log_rate=place.progress.state.log_rate)
-                place.progress = place.progress._replace(state=state)
-            parts.append(place.progress)
-        return join(parts)
+        """Return the progress of all places, end to end."""
+        return join([started(place.progress, place, rule) for place in self.places])
 
     def initial_losses(self) -> Tensor:
         """Return the loss of every task at the start of its run. [M]"""
