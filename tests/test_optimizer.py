@@ -411,3 +411,13 @@ def test_log_rates_are_those_of_the_tensors() -> None:
     params = make_params()
     optimizer = HRNN(params, weights=make_rule(), initial_rate=1e-2)
     torch.testing.assert_close(torch.stack(optimizer.log_rates()), torch.full((5,), 1e-2).log())
+
+
+def test_a_sharded_parameter_is_refused_with_the_mend() -> None:
+    class Sharded(nn.Parameter):
+        """What tells a DTensor from others."""
+
+        placements = ("shard",)
+
+    with pytest.raises(ValueError, match=r"Parameter 0 of shape \[4\] is a DTensor.*Train with DDP"):
+        HRNN([Sharded(torch.zeros(4))], weights=make_rule())

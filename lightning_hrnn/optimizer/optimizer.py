@@ -121,6 +121,11 @@ class HRNN(Optimizer):
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"initial_rate must be positive, not {rate}.")
         for index, param in enumerate(group["params"]):
+            if hasattr(param, "placements"):
+                raise ValueError(
+                    f"Parameter {index} of shape {list(param.shape)} is a DTensor, and HRNN's statistics do not span "
+                    "the shards of a tensor yet. Train with DDP, or give this parameter to another optimizer."
+                )
             if param.is_complex():
                 raise ValueError(
                     f"Parameter {index} of shape {list(param.shape)} is complex, and the rule is defined for real "
@@ -215,7 +220,7 @@ class HRNN(Optimizer):
     def _gradients_are_finite(self, params: Sequence[Tensor]) -> bool:
         """Check all gradients; if one is not finite, count a skipped step and warn the first time."""
         largest = torch._foreach_norm([param.grad for param in params if param.grad is not None], math.inf)
-        if all(bool(value.isfinite()) for value in largest):
+        if bool(torch.stack([value.isfinite() for value in largest]).all()):  # one synchronisation
             return True
         self._skipped += 1
         if self._skipped == 1:
