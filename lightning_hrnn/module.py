@@ -24,7 +24,8 @@ from lightning_hrnn.meta.estimators import PES, TruncatedBackprop, Window
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine, RuleConfig
+from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 from lightning_hrnn.optimizer.kernels import choose_engine
 from lightning_hrnn.optimizer.pretrained import load_pretrained, save_pretrained
 from lightning_hrnn.version import __version__

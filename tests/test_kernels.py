@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lightning_hrnn.optimizer import optimizer as optimizer_module
+from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.features import Layout
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import available_kernels, build, cpp
 from lightning_hrnn.optimizer.kernels.eager import EagerKernel
 from lightning_hrnn.optimizer.optimizer import HRNN

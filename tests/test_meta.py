@@ -23,7 +23,8 @@ from lightning_hrnn.meta.population import Population, TaskBatch, join
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.module import MetaLearner
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import load_pretrained
 from lightning_hrnn.tasks.base import Data, Params, TaskFamily

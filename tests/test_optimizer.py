@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.features import Layout
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import eager
 from lightning_hrnn.optimizer.optimizer import HRNN
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import (
     DEFAULT_WEIGHTS,

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.features import FEATURES, Layout, count_features
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 
 MODELS = [[4, 1, 3], [2], [5, 2]]  # sizes of the tensors of three models
 SIZES = [size for model in MODELS for size in model]

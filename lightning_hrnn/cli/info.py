@@ -103,7 +103,7 @@ def _evaluation(rows: list[dict[str, Any]]) -> Table:
         table.add_column(f"step {rows[0]['steps'][index]}", justify="right")
     table.add_column("regret", justify="right")
     for row in rows:
-        losses = [f"{row['hrnn'][index]:.2g} / {row["tuned_adam"][index]:.2g}" for index in chosen]
+        losses = [f"{row['hrnn'][index]:.2g} / {row['tuned_adam'][index]:.2g}" for index in chosen]
         table.add_row(row["net"], *losses, f"{row['regret']:+.2f}")
     return table
 

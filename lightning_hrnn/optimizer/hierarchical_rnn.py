@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.features import (
-    FEATURES,
     Inputs,
     Layout,
     Moments,
@@ -38,99 +37,6 @@ RMS_FLOOR = 1e-20
 PARAM_RMS_FLOOR = 1e-12
 LOG_RATE_RANGE = 33.0
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
-DIRECTIONS = ("gated", "additive")
-RATES = ("bounded", "smoothed")
-READOUTS = ("direction", "attention")
-TENSOR_FEATURES = ("relative_update",)
-
-
-@dataclass(frozen=True)
-class RuleConfig:
-    """Configure the parts of a rule; an ablation swaps or drops a part.
-
-    Args:
-        param_hidden: size of the param RNN, `H0`.
-        tensor_hidden: size of the tensor RNN, `H1`.
-        global_hidden: size of the global RNN, `H2`.
-        timescales: number of gradient averages, `S`.
-        features: inputs of the param RNN, names of `FEATURES`.
-        tensor_features: inputs of the tensor RNN beside the means of the param level; `"relative_update"` or none.
-        direction: how the direction is read out, `"gated"` or `"additive"`.
-        rate: how the log rate moves, `"bounded"` or `"smoothed"`.
-        readouts: `("direction",)`, or with `"attention"` a second direction that says where to take the next gradient.
-        drift_rise: `"bounded"` only: a tensor's rate rises at most like this power of the number of steps.
-        drift_fall: `"bounded"` only: it falls at most like this power.
-        drift_delay: `"bounded"` only: steps before these power laws set in.
-        momentary_bound: `"bounded"` only: a parameter's rate departs from its tensor's at most by this log factor.
-
-    Raises:
-        ValueError: a name is unknown or a size is not positive.
-    """
-
-    param_hidden: int = 10
-    tensor_hidden: int = 20
-    global_hidden: int = 20
-    timescales: int = 4
-    features: tuple[str, ...] = tuple(FEATURES)
-    tensor_features: tuple[str, ...] = TENSOR_FEATURES
-    direction: str = "gated"
-    rate: str = "bounded"
-    readouts: tuple[str, ...] = ("direction",)
-    drift_rise: float = 2.0
-    drift_fall: float = 0.5
-    drift_delay: float = 20.0
-    momentary_bound: float = 2.0
-
-    def __post_init__(self) -> None:
-        for field in ("features", "tensor_features", "readouts"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
-        for field in ("drift_rise", "drift_fall", "drift_delay", "momentary_bound"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise ValueError(f"{field} must be positive and finite, not {getattr(self, field)}.")
-        for field, known in (
-            ("features", tuple(FEATURES)),
-            ("tensor_features", TENSOR_FEATURES),
-            ("readouts", READOUTS),
-        ):
-            unknown = [name for name in getattr(self, field) if name not in known]
-            if unknown:
-                raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
-        if self.readouts[:1] != ("direction",) or not self.features:
-            raise ValueError("A rule needs the readout 'direction' first and at least one feature.")
-        for field, choices in (("direction", DIRECTIONS), ("rate", RATES)):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"Unknown {field} {getattr(self, field)!r}: choose from {list(choices)}.")
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> RuleConfig:
-        """Return a named configuration, with changes.
-
-        Args:
-            name: `"default"`; `"paper"`, the paper's rule at the sizes of its released code (10/20/20); or
-                `"summary"`, the same at 10/30/20.
-            changes: fields to replace.
-
-        Example:
-            >>> RuleConfig.preset("summary").tensor_hidden
-            30
-        """
-        if name not in PRESETS:
-            raise ValueError(f"Unknown preset {name!r}: choose from {sorted(PRESETS)}.")
-        return replace(PRESETS[name], **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-
-PRESETS = {
-    "default": RuleConfig(),
-    "paper": RuleConfig(tensor_features=(), direction="additive", rate="smoothed"),
-    "summary": RuleConfig(tensor_hidden=30, tensor_features=(), direction="additive", rate="smoothed"),
-}
 
 
 class RuleState(NamedTuple):

@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleConfig
+from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 
 INPUTS, HIDDEN = 4, 6
