@@ -61,12 +61,16 @@ class StepKernel(Protocol):
 
 def available_kernels() -> dict[str, str]:
     """Say of each kernel `"available"`, or why this machine cannot run it."""
-    from lightning_hrnn.optimizer.kernels import cpp
+    from lightning_hrnn.optimizer.kernels import cpp, triton
 
-    return {"eager": "available", "cpp": cpp.why_unavailable() or "available"}
+    return {
+        "eager": "available",
+        "cpp": cpp.why_unavailable() or "available",
+        "triton": triton.why_unavailable() or "available",
+    }
 
 
-KERNELS = ("auto", "eager", "cpp")
+KERNELS = ("auto", "eager", "cpp", "triton")
 
 
 def choose_kernel(name: str, rule: HierarchicalRNN, device_type: str) -> StepKernel:
@@ -82,6 +86,11 @@ def choose_kernel(name: str, rule: HierarchicalRNN, device_type: str) -> StepKer
 
     if name not in KERNELS:
         raise ValueError(f"Unknown kernel {name!r}: choose from {list(KERNELS)}.")
+    if name == "triton" or (name == "auto" and device_type == "cuda"):
+        from lightning_hrnn.optimizer.kernels import triton
+
+        if name == "triton" or not (triton.why_unavailable() or triton.why_unsupported(rule)):
+            return triton.kernel()  # which warns itself, when it knows the tensors
     if name == "eager" or (name == "auto" and device_type != "cpu"):
         return EagerKernel()
     reason = cpp.why_unavailable() or cpp.why_unsupported(rule)
