@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "Train any LightningModule by Lightning's command line: fit, validate, test, predict.",
     "meta-train": "Meta-train the learned optimizer's own weights: fit, validate.",
     "benchmark": "Measure what a step costs, beside SGD, Adam and AdamW, and how fast meta-training is.",
+    "evaluate": "Compare the learned optimizer, untuned, with baselines tuned for each task.",
     "info": "Show the shipped weights, their cards and checksums, versions, and what can run here.",
 }
 """Commands and what they do; `x-y` lives in the module `lightning_hrnn.cli.x_y` as `run(arguments)`."""

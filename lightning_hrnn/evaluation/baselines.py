@@ -5,8 +5,10 @@ Legend: `P` parameters of all instances.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +18,70 @@ from lightning_hrnn.meta.population import Population
 Schedule = Callable[[int, int], float]  # step, steps -> factor on the learning rate
 
 
+WARM_UP = 0.05  # of all steps
+
+
 def constant(step: int, steps: int) -> float:
     """Keep the learning rate."""
     return 1.0
+
+
+def warm_up_cosine(step: int, steps: int) -> float:
+    """Raise the learning rate linearly over the first 5 % of the steps, then lower it along a half cosine to zero.
+
+    Example:
+        >>> [round(warm_up_cosine(step, 100), 3) for step in (0, 4, 5, 52, 99)]
+        [0.2, 1.0, 1.0, 0.508, 0.0]
+    """
+    rising = max(1, round(WARM_UP * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+class HandDesigned(Protocol):
+    """A hand-designed update rule over flat parameters."""
+
+    def begin(self, theta: Tensor) -> tuple[Tensor, ...]:
+        """Return the state before the first step."""
+
+    def update(self, step: int, theta: Tensor, grad: Tensor, state: tuple[Tensor, ...], lr: Tensor) -> Tensor:
+        """Return the next parameters; the state changes in place."""
+
+
+@dataclass
+class Momentum:
+    """Stochastic gradient descent with momentum, as torch has it: `v <- m v + g; theta <- theta - lr v`."""
+
+    momentum: float = 0.9
+
+    def begin(self, theta: Tensor) -> tuple[Tensor, ...]:
+        """Return the state before the first step."""
+        return (torch.zeros_like(theta),)
+
+    def update(self, step: int, theta: Tensor, grad: Tensor, state: tuple[Tensor, ...], lr: Tensor) -> Tensor:
+        """Return the next parameters; the state changes in place."""
+        (velocity,) = state
+        velocity.mul_(self.momentum).add_(grad)
+        return theta - lr * velocity
+
+
+@dataclass
+class RMSProp:
+    """RMSProp (Tieleman and Hinton 2012) with torch's defaults."""
+
+    smoothing: float = 0.99
+    epsilon: float = 1e-8
+
+    def begin(self, theta: Tensor) -> tuple[Tensor, ...]:
+        """Return the state before the first step."""
+        return (torch.zeros_like(theta),)
+
+    def update(self, step: int, theta: Tensor, grad: Tensor, state: tuple[Tensor, ...], lr: Tensor) -> Tensor:
+        """Return the next parameters; the state changes in place."""
+        (square,) = state
+        square.mul_(self.smoothing).addcmul_(grad, grad, value=1 - self.smoothing)
+        return theta - lr * grad / square.sqrt().add_(self.epsilon)
 
 
 @dataclass
@@ -42,9 +105,31 @@ class Adam:
         return theta * (1 - lr * self.decay) - lr / (1 - self.betas[0] ** (step + 1)) * first / scale
 
 
+class Baseline(NamedTuple):
+    """Describe a hand-designed optimizer with its schedule."""
+
+    title: str
+    rule: HandDesigned
+    schedule: Schedule = constant
+
+
+BASELINES: dict[str, Baseline] = {
+    "sgd": Baseline("SGD, momentum 0.9", Momentum()),
+    "rmsprop": Baseline("RMSProp", RMSProp()),
+    "adam": Baseline("Adam", Adam()),
+    "adamw": Baseline("AdamW, warm-up and cosine", Adam(decay=0.01), warm_up_cosine),
+}
+
+
 @torch.no_grad()
 def train(
-    rule: Adam, population: Population, lr: Tensor, steps: int, scored: set[int], schedule: Schedule = constant
+    rule: HandDesigned,
+    population: Population,
+    lr: Tensor,
+    steps: int,
+    scored: set[int],
+    schedule: Schedule = constant,
+    tick: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """Train tasks with a hand-designed rule.
 
@@ -55,6 +140,7 @@ def train(
         steps: inner steps.
         scored: after which steps (0 is the first) to compute full losses.
         schedule: factor on the learning rate.
+        tick: called after each step with its number, 0 the first.
 
     Returns:
         Losses. [N, M]
@@ -68,4 +154,5 @@ def train(
         theta = rule.update(step, theta, grad, state, rates * schedule(step, steps))
         if step in scored:
             losses.append(population.losses(theta))
+        tick(step)
     return torch.stack(losses)

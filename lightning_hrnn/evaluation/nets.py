@@ -1,6 +1,7 @@
-"""Small networks that no corpus holds, on synthetic data: what meta-training is validated on.
+"""Any `nn.Module` as a task family, and the small networks on synthetic data that meta-training is validated on.
 
-Any `nn.Module` becomes a task family: its instances run side by side under `torch.func.vmap`.
+Instances of a module run side by side under `torch.func.vmap`. No corpus holds these networks, but checkpoints are
+chosen by the last four, `VALIDATION_NETS`; `unseen` holds networks that no choice ever saw.
 
 Legend: `B` instances, `N` examples, `n` examples in a minibatch, `C` classes.
 """
@@ -8,6 +9,7 @@ Legend: `B` instances, `N` examples, `n` examples in a minibatch, `C` classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +19,61 @@ from torch.nn import functional
 from lightning_hrnn.tasks.base import Data, Params, TaskFamily
 
 Dataset = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # B, generator -> inputs [B, N, ...], classes [B, N]
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # outputs, inputs, classes of a batch -> its loss []
+
+SCORED_AT_ONCE = 125
+"""Examples of a fixed data set that go through a network together when only scored; more would take much memory."""
+
+
+def cross_entropy(outputs: Tensor, inputs: Tensor, classes: Tensor) -> Tensor:
+    """Score logits `[n, C]` against classes `[n]`."""
+    return functional.cross_entropy(outputs, classes)
+
+
+def reconstruction(outputs: Tensor, inputs: Tensor, classes: Tensor) -> Tensor:
+    """Score outputs `[n, features]` against the inputs themselves: mean squared error."""
+    return functional.mse_loss(outputs, inputs.flatten(1))
 
 
 class ModuleTask(TaskFamily):
-    """Train a module as a classifier on minibatches.
+    """Train a module on minibatches, as a classifier by default.
 
     Args:
         name: of the family.
         build: makes a module; it must hold no buffers that change (batch norm without running statistics).
         dataset: draws the data of `B` instances.
         batch_size: examples in a minibatch.
+        criterion: what scores the module's outputs.
     """
 
-    def __init__(self, name: str, build: Callable[[], nn.Module], dataset: Dataset, batch_size: int) -> None:
-        self.name, self.dataset, self.batch_size = name, dataset, batch_size
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], nn.Module],
+        dataset: Dataset,
+        batch_size: int,
+        criterion: Criterion = cross_entropy,
+    ) -> None:
+        self.name, self.dataset, self.batch_size, self.criterion = name, dataset, batch_size, criterion
         self._build = build
         self._module = build().to("meta")
         self._names = [key for key, _ in self._module.named_parameters()]
 
     def init(self, count: int, generator: torch.Generator) -> tuple[Params, Data]:
         """Build `count` modules and draw their data."""
+        params = self._init_params(count, generator)
+        inputs, classes = self.dataset(count, generator)
+        return params, {"inputs": inputs, "classes": classes}
+
+    def _init_params(self, count: int, generator: torch.Generator) -> Params:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator, device=generator.device)))
             modules = [self._build() for _ in range(count)]
         columns = zip(*(module.parameters() for module in modules), strict=True)
-        params = [torch.stack([value.detach() for value in column]).to(generator.device) for column in columns]
-        inputs, classes = self.dataset(count, generator)
-        return params, {"inputs": inputs, "classes": classes}
+        return [torch.stack([value.detach() for value in column]).to(generator.device) for column in columns]
 
     def loss(self, params: Params, data: Data, generator: torch.Generator | None = None) -> Tensor:
-        """Return the cross-entropy, of a minibatch if there is a generator. [B]"""
+        """Return the criterion's value, of a minibatch if there is a generator. [B]"""
         inputs, classes = data["inputs"], data["classes"]
         if generator is not None:
             size = (len(classes), self.batch_size)
@@ -57,7 +84,78 @@ class ModuleTask(TaskFamily):
 
     def _loss_of_one(self, params: Params, inputs: Tensor, classes: Tensor) -> Tensor:
         outputs = functional_call(self._module, dict(zip(self._names, params, strict=True)), (inputs,))
-        return functional.cross_entropy(outputs, classes)
+        return self.criterion(outputs, inputs, classes)
+
+
+class Examples(NamedTuple):
+    """Hold a real data set as stored, in few bytes; `(stored - mean) / std` is a network's input."""
+
+    stored: Tensor  # [N, ...]
+    classes: Tensor  # [N]
+    mean: float
+    std: float
+
+    def to(self, device: torch.device) -> Examples:
+        """Return the same on a device."""
+        return self._replace(stored=self.stored.to(device), classes=self.classes.to(device))
+
+    def inputs(self, chosen: Tensor | slice) -> Tensor:
+        """Return some examples as a network takes them. [*chosen.shape, ...]"""
+        return (self.stored[chosen].to(torch.get_default_dtype()) - self.mean) / self.std
+
+
+class FixedDataTask(ModuleTask):
+    """Train a module on a real data set, the same for all instances, which differ in first weights and batches.
+
+    Args:
+        name: of the family.
+        build: see `ModuleTask`.
+        load: returns the data set, called when instances are drawn.
+        batch_size: examples in a minibatch.
+        criterion: what scores the module's outputs.
+        scored: the full loss is that of so many examples, the first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], nn.Module],
+        load: Callable[[], Examples],
+        batch_size: int,
+        criterion: Criterion = cross_entropy,
+        scored: int = 1000,
+    ) -> None:
+        super().__init__(name, build, _no_dataset, batch_size, criterion)
+        self.load, self.scored = load, scored
+        self._held: dict[torch.device, Examples] = {}
+
+    def init(self, count: int, generator: torch.Generator) -> tuple[Params, Data]:
+        """Build `count` modules; their data are this object's."""
+        instance = torch.arange(count, device=generator.device)
+        self._held[instance.device] = self.load().to(instance.device)
+        return self._init_params(count, generator), {"instance": instance}
+
+    def loss(self, params: Params, data: Data, generator: torch.Generator | None = None) -> Tensor:
+        """Return the criterion's value, of a minibatch if there is a generator. [B]"""
+        device = data["instance"].device
+        examples = self._held[device]
+        if generator is not None:
+            size = (len(data["instance"]), self.batch_size)
+            chosen = torch.randint(len(examples.classes), size, generator=generator, device=device)
+            batch = examples.inputs(chosen), examples.classes[chosen]
+            return vmap(self._loss_of_one, randomness="error")(params, *batch)
+        total = torch.zeros((), device=device)
+        count = min(self.scored, len(examples.classes))
+        for first in range(0, count, SCORED_AT_ONCE):
+            part = slice(first, min(first + SCORED_AT_ONCE, count))
+            inputs, classes = examples.inputs(part), examples.classes[part]
+            losses = vmap(self._loss_of_one, in_dims=(0, None, None), randomness="error")(params, inputs, classes)
+            total = total + losses * len(classes)
+        return total / count
+
+
+def _no_dataset(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("A fixed data set is not drawn.")
 
 
 def images(count: int, generator: torch.Generator, side: int = 12, points: int = 1500) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,14 @@ class Report:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {
+        paths = [folder / "report.json", folder / "report.md"]
+        paths[0].write_text(json.dumps(_plain(self.content()), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        paths[1].write_text(self.markdown(), encoding="utf-8")
+        return paths
+
+    def content(self) -> dict[str, Any]:
+        """Return what `report.json` holds."""
+        return {
             "title": self.title,
             "summary": self.summary,
             "command": self.command,
@@ -86,10 +93,6 @@ class Report:
             "results": [dict(row) for row in self.rows],
             "figures": dict(self.figures),
         }
-        paths = [folder / "report.json", folder / "report.md"]
-        paths[0].write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        paths[1].write_text(self.markdown(), encoding="utf-8")
-        return paths
 
     def markdown(self) -> str:
         """Return the report as Markdown."""

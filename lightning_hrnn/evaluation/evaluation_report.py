@@ -1,0 +1,140 @@
+"""The report of an evaluation: verdict first, then every task, then the nets by which checkpoints were picked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lightning_hrnn.evaluation.baselines import BASELINES
+from lightning_hrnn.evaluation.report import Column, Report
+from lightning_hrnn.evaluation.verdict import Record, summarise
+
+LOSS_COLUMNS = (
+    Column("task", "task"),
+    Column("hrnn", "HRNN", ".3g"),
+    *(Column(name, baseline.title.partition(",")[0], ".3g") for name, baseline in BASELINES.items()),
+    Column("default_adam", "Adam 1e-3", ".3g"),
+    Column("beaten", "baselines beaten"),
+    Column("speedup", "speed-up", ".2f"),
+    Column("diverged", "diverged", "d"),
+)
+COST_COLUMNS = (
+    Column("task", "task"),
+    *(
+        Column(f"{name}_lr", f"rate of {baseline.title.partition(',')[0]}", ".2g")
+        for name, baseline in BASELINES.items()
+    ),
+    Column("edge", "best at the edge of the grid"),
+    Column("hrnn_seconds", "HRNN, s", ".1f"),
+    Column("adam_seconds", "Adam, s", ".1f"),
+    Column("tuning_seconds", "tuning of all, s", ".1f"),
+)
+
+
+def losses_row(record: Mapping[str, Any]) -> Record:
+    """Return a record's losses, geometric means over seeds, as a row of a table."""
+    beaten = [name for name, won in record["beats"].items() if won]
+    return {
+        "task": record["task"],
+        "hrnn": _geometric(record["hrnn"]["final"]),
+        **{name: _geometric(base["final"]) for name, base in record["baselines"].items()},
+        "default_adam": _geometric(record["default_adam"]["final"]),
+        "beaten": "all" if len(beaten) == len(BASELINES) else ", ".join(beaten) or "none",
+        "speedup": record["speedup_vs_adam"],
+        "diverged": record["hrnn"]["diverged"],
+    }
+
+
+def cost_row(record: Mapping[str, Any]) -> Record:
+    """Return a record's tuned rates and times as a row of a table."""
+    bases = record["baselines"]
+    return {
+        "task": record["task"],
+        **{f"{name}_lr": base["lr"] for name, base in bases.items()},
+        "edge": ", ".join(name for name, base in bases.items() if base["at_edge_of_grid"]) or "none",
+        "hrnn_seconds": record["hrnn"]["seconds"],
+        "adam_seconds": bases["adam"]["seconds"],
+        "tuning_seconds": sum(base["tuning_seconds"] for base in bases.values()),
+    }
+
+
+Row = Callable[[Mapping[str, Any]], Record]
+
+
+@dataclass(frozen=True)
+class EvaluationReport(Report):
+    """A report of an evaluation; its rows are the records of all tasks.
+
+    Args:
+        verdict: what the tasks add up to that no choice of weights saw.
+        selection: what the others add up to.
+    """
+
+    verdict: Record = field(default_factory=dict)
+    selection: Record = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Sequence[Record], **about: Any) -> EvaluationReport:
+        """Return the report of some records.
+
+        Args:
+            records: of `verdict.judge`.
+            about: title, command, settings and figures.
+        """
+        verdict = summarise([record for record in records if not record["used_for_selection"]])
+        selection = summarise([record for record in records if record["used_for_selection"]])
+        return cls(
+            summary=sentence(verdict),
+            columns=LOSS_COLUMNS,
+            rows=list(records),
+            verdict=verdict,
+            selection=selection,
+            **about,
+        )
+
+    def content(self) -> dict[str, Any]:
+        """Return what `report.json` holds: the numbers of the summary in place of the sentence."""
+        return {**super().content(), "summary": dict(self.verdict), "selection": dict(self.selection)}
+
+    def markdown(self) -> str:
+        """Return the report as Markdown."""
+        reported = [record for record in self.rows if not record["used_for_selection"]]
+        judged = [record for record in self.rows if record["used_for_selection"]]
+        only = {name: getattr(self, name) for name in Report.__dataclass_fields__}
+        plain = replace(Report(**only), rows=[losses_row(record) for record in reported])
+        head, mark, tail = plain.markdown().partition("## How to repeat it")
+        parts = [head.rstrip(), ""]
+        if judged:
+            parts += [_section("Nets by which checkpoints were picked: no evidence", LOSS_COLUMNS, judged, losses_row)]
+        parts += [_section("Tuned rates and time on the wall", COST_COLUMNS, self.rows, cost_row)]
+        return "\n".join([*parts, mark + tail])
+
+
+def sentence(verdict: Record) -> str:
+    """Say in a few sentences what came out."""
+    if not verdict["tasks"]:
+        return "No task but nets by which checkpoints were picked: nothing to conclude."
+    low, high = verdict["speedup_iqm_interval"]
+    return (
+        f"Untuned, the learned optimizer ends lower than per-task tuned Adam on {verdict['win_rate_adam']:.0%} of "
+        f"{verdict['tasks']} tasks, than tuned RMSProp on {verdict['win_rate_rmsprop']:.0%}, than every tuned baseline "
+        f"on {verdict['win_rate_best']:.0%}; within 5 % of tuned Adam or lower on "
+        f"{verdict['within_5_percent_of_adam']:.0%}; lower than Adam at 1e-3 on "
+        f"{verdict['win_rate_default_adam']:.0%}. Speed-up over tuned Adam, interquartile mean: "
+        f"{verdict['speedup_iqm']:.2f} (95 % interval {low:.2f} to {high:.2f}). "
+        f"{verdict['diverged']} of {verdict['runs']} runs diverged."
+    )
+
+
+def _section(title: str, columns: Sequence[Column], records: Sequence[Mapping[str, Any]], row: Row) -> str:
+    cells = [[column.title for column in columns], ["---:" if column.format else "---" for column in columns]]
+    cells += [[column.cell(row(record)) for column in columns] for record in records]
+    return "\n".join([f"## {title}", "", *(f"| {' | '.join(line)} |" for line in cells), ""])
+
+
+def _geometric(values: Sequence[float]) -> float:
+    if not all(math.isfinite(value) for value in values):
+        return math.inf
+    return math.exp(sum(math.log(max(value, 1e-300)) for value in values) / len(values))

@@ -1,0 +1,317 @@
+"""The protocol of every claim: each baseline tuned for each task, the learned optimizer not at all, on fresh seeds.
+
+A `Trial` is one optimizer on one task. A baseline's trial first trains `tuning_seeds` instances at every rate of a
+grid, all side by side, keeps the rate that ends lowest, then trains `seeds` other instances at that rate. The learned
+optimizer trains those same instances, from the same first parameters, on the same batches.
+
+Legend: `N` scored steps, `K` seeds, `R` rates, `I` tuning seeds, `T` tensors of a task.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_hrnn.evaluation.baselines import BASELINES, Baseline, train
+from lightning_hrnn.evaluation.images import vision_nets
+from lightning_hrnn.evaluation.nets import VALIDATION_NETS
+from lightning_hrnn.evaluation.statistics import mean_log
+from lightning_hrnn.evaluation.unseen import unseen_nets
+from lightning_hrnn.meta.population import Population, Progress, TaskBatch
+from lightning_hrnn.meta.unroll import begin, unroll
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
+from lightning_hrnn.tasks.base import TaskFamily
+from lightning_hrnn.tasks.corpus import get_corpus
+from lightning_hrnn.tasks.registry import get_family
+
+VERSION = 1
+"""Of the protocol; outcomes of another version are not taken from a cache."""
+SUITES = ("corpus", "nets", "vision")
+OURS, DEFAULT_ADAM, DEFAULT_RATE = "hrnn", "default_adam", 1e-3
+RATES = tuple(10 ** (exponent / 2) for exponent in range(-12, 3))
+"""The grid: 15 rates from 1e-6 to 10, half a decade apart."""
+SELECTION = "validation"  # prefix of the nets by which meta-training picks checkpoints
+FINAL_SHARE, FINAL_SCORES = 0.05, 5  # a final loss is the mean of so many scores over the last share of the steps
+CURVE_SCORES = 40
+FLOATS_AT_ONCE = 2**25  # of parameters and data while tuning
+FIRST_RATE = 1e-3  # where a card says none
+
+Tick = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Say what outcomes depend on, besides task and optimizer.
+
+    Args:
+        suite: `"corpus"`, `"nets"` or `"vision"`.
+        steps: inner steps of every run.
+        seeds: instances of each task to report on.
+        tuning_seeds: other instances of it, to tune baselines on.
+        seed: moves all seeds.
+        corpus: name of the corpus whose families make the suite `"corpus"`.
+        draws: configurations to draw from each family of the corpus; each is a task.
+        data_dir: folder of Fashion-MNIST.
+        device: where to run.
+
+    Raises:
+        ValueError: there is no such suite or corpus, or a number is not positive.
+    """
+
+    suite: str
+    steps: int
+    seeds: int = 5
+    tuning_seeds: int = 3
+    seed: int = 0
+    corpus: str = "released"
+    draws: int = 1
+    data_dir: str = "data"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.suite not in SUITES:
+            raise ValueError(f"Unknown suite {self.suite!r}: choose from {list(SUITES)}.")
+        for field in ("steps", "seeds", "tuning_seeds", "draws"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
+        get_corpus(self.corpus)
+
+    def families(self) -> dict[str, Callable[[], TaskFamily]]:
+        """Return the suite's tasks by name; each is made when called."""
+        if self.suite == "vision":
+            return vision_nets(self.data_dir)
+        if self.suite == "nets":
+            judged = {f"{SELECTION}/{name}": make for name, make in VALIDATION_NETS.items()}
+            return unseen_nets() | judged
+        return {
+            f"{name}/{draw}": partial(get_family, name, random.Random(f"{name}/{draw}/{self.seed}"))
+            for name in get_corpus(self.corpus).weights
+            for draw in range(1, self.draws + 1)
+        }
+
+    def choose(self, names: Sequence[str] | None) -> list[str]:
+        """Return names of tasks, all by default; a name before a slash stands for all of its group.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        known = list(self.families())
+        if names is None:
+            return known
+        chosen = {name: [task for task in known if name in (task, task.partition("/")[0])] for name in names}
+        unknown = [name for name, tasks in chosen.items() if not tasks]
+        if unknown:
+            raise ValueError(f"The suite {self.suite!r} has no tasks {unknown}: choose from {known}.")
+        return list(dict.fromkeys(task for tasks in chosen.values() for task in tasks))
+
+    def draw(self, task: str, purpose: str, count: int) -> TaskBatch:
+        """Draw instances of a task; for tuning other ones than for the report.
+
+        Args:
+            task: its name.
+            purpose: `"tune"` or `"report"`.
+            count: number of instances.
+
+        Raises:
+            DataNotFoundError: the task's data set is not there.
+        """
+        seed = zlib.crc32(f"{self.suite}/{task}/{purpose}/{self.seed}".encode())
+        return TaskBatch.draw(self.families()[task](), count, seed, self.device)
+
+    def scored(self) -> list[int]:
+        """Return the steps at which full losses are taken, counted from 1. [N]"""
+        spread = {round(self.steps ** (k / CURVE_SCORES)) for k in range(CURVE_SCORES + 1)}
+        return sorted(spread | set(self.final()))
+
+    def final(self) -> list[int]:
+        """Return the steps over which a final loss is averaged."""
+        window = max(1, round(FINAL_SHARE * self.steps))
+        points = min(FINAL_SCORES, window)
+        return sorted({self.steps - round(k * window / points) for k in range(points)})
+
+    def final_loss(self, losses: Tensor) -> Tensor:
+        """Average the losses at the final steps, which come last; infinite if one is not finite. [N, M] -> [M]"""
+        final = losses[-len(self.final()) :].mean(0)
+        return torch.where(final.isfinite(), final, torch.full_like(final, math.inf))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Hold how one optimizer fared on one task; plain values, for a cache on disk.
+
+    Args:
+        lr: the tuned rate; None for the learned optimizer.
+        initial: losses before the first step. [K]
+        final: mean losses over the last steps. [K]
+        steps: at which the curve was scored. [N]
+        curve: losses. [N][K]
+        seconds: that the runs took.
+        tuning_seconds: that the tuning took.
+        tuning: mean log final loss at each rate of the grid; empty without tuning. [R]
+        rates: learned rates of the tensors, geometric means over the seeds; empty for a baseline. [N][T]
+    """
+
+    lr: float | None
+    initial: list[float]
+    final: list[float]
+    steps: list[int]
+    curve: list[list[float]]
+    seconds: float
+    tuning_seconds: float = 0.0
+    tuning: tuple[float, ...] = ()
+    rates: tuple[list[float], ...] = ()
+
+
+class Learned(NamedTuple):
+    """Hold the learned optimizer."""
+
+    rule: HierarchicalRNN
+    engine: ParamLevelEngine | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One optimizer on one task.
+
+    Args:
+        setting: what is run.
+        task: name of a task of the suite.
+        optimizer: `"hrnn"`, `"default_adam"`, or a name of `BASELINES`.
+        weights: what tells the learned optimizer's weights from others; empty for a baseline.
+    """
+
+    setting: Setting
+    task: str
+    optimizer: str
+    weights: str = ""
+
+    def key(self) -> dict[str, Any]:
+        """Return all that the outcome depends on."""
+        setting = asdict(self.setting)
+        del setting["data_dir"]
+        if self.setting.suite == "corpus":
+            setting["corpus_version"] = get_corpus(self.setting.corpus).version
+        else:
+            del setting["corpus"], setting["draws"]
+        return {"version": VERSION, **setting, "task": self.task, "optimizer": self.optimizer, "weights": self.weights}
+
+    def run(self, learned: Learned | None = None, tick: Tick = lambda share: None) -> Outcome:
+        """Tune, if it is a baseline, and train.
+
+        Args:
+            learned: needed for `"hrnn"` alone.
+            tick: called with the share of the work just done; all shares add up to 1.
+
+        Raises:
+            ValueError: the learned optimizer is not given.
+        """
+        if self.optimizer == OURS:
+            if learned is None:
+                raise ValueError("A trial of the learned optimizer needs the learned optimizer.")
+            return self._train_learned(learned, tick)
+        if self.optimizer == DEFAULT_ADAM:
+            return self._train(BASELINES["adam"], DEFAULT_RATE, tick)
+        baseline = BASELINES[self.optimizer]
+        began = time.perf_counter()
+        tuning = self._tune(baseline, lambda share: tick(share / 2))
+        seconds = time.perf_counter() - began
+        best = min(range(len(RATES)), key=tuning.__getitem__)
+        outcome = self._train(baseline, RATES[best], lambda share: tick(share / 2))
+        return Outcome(**{**vars(outcome), "tuning_seconds": seconds, "tuning": tuple(tuning)})
+
+    def _tune(self, baseline: Baseline, tick: Tick) -> list[float]:
+        """Return the mean log final loss at each rate of the grid, infinite if a run failed. [R]"""
+        setting, scores = self.setting, []
+        tasks = self._tuning_tasks()
+        initial = Population([tasks]).losses(Population([tasks]).initial_params())
+        size = tasks.size + sum(value.numel() for value in tasks.data.values())
+        at_once = max(1, min(len(RATES), FLOATS_AT_ONCE // size))
+        for first in range(0, len(RATES), at_once):
+            part = RATES[first : first + at_once]
+            population = Population([repeated(self._tuning_tasks(), len(part))])
+            rates = torch.tensor(part, device=setting.device).repeat_interleave(tasks.count)
+            share = len(part) / len(RATES) / setting.steps
+            losses = train(
+                baseline.rule,
+                population,
+                rates,
+                setting.steps,
+                {step - 1 for step in setting.final()},
+                baseline.schedule,
+                lambda step, share=share: tick(share),  # type: ignore[misc]
+            )
+            scores += mean_log(setting.final_loss(losses).view(len(part), tasks.count), initial).tolist()
+        return scores
+
+    def _tuning_tasks(self) -> TaskBatch:
+        return self.setting.draw(self.task, "tune", self.setting.tuning_seeds)
+
+    def _train(self, baseline: Baseline, rate: float, tick: Tick) -> Outcome:
+        setting = self.setting
+        population = Population([setting.draw(self.task, "report", setting.seeds)])
+        steps = setting.scored()
+        initial = population.losses(population.initial_params())
+        began = time.perf_counter()
+        losses = train(
+            baseline.rule,
+            population,
+            torch.full((setting.seeds,), rate, device=setting.device),
+            setting.steps,
+            {step - 1 for step in steps},
+            baseline.schedule,
+            lambda step: tick(1 / setting.steps),
+        )
+        return self._outcome(rate, initial, losses, time.perf_counter() - began)
+
+    @torch.no_grad()
+    def _train_learned(self, learned: Learned, tick: Tick) -> Outcome:
+        setting, rule = self.setting, learned.rule.to(self.setting.device)
+        population = Population([setting.draw(self.task, "report", setting.seeds)])
+        initial = population.losses(population.initial_params())
+        progress = begin(rule, population, math.log(first_rate(rule)))
+        began, before, losses, rates = time.perf_counter(), 0, [], []
+        for step in setting.scored():
+            part = unroll(rule, population, progress, step - before, {step - before - 1}, learned.engine)
+            progress = part.progress
+            losses.append(part.losses[0])
+            rates.append(_rates(rule, population, progress))
+            tick((step - before) / setting.steps)
+            before = step
+        outcome = self._outcome(None, initial, torch.stack(losses), time.perf_counter() - began)
+        return Outcome(**{**vars(outcome), "rates": tuple(rates)})
+
+    def _outcome(self, lr: float | None, initial: Tensor, losses: Tensor, seconds: float) -> Outcome:
+        final = self.setting.final_loss(losses)
+        return Outcome(lr, initial.tolist(), final.tolist(), self.setting.scored(), losses.tolist(), seconds)
+
+
+def first_rate(rule: HierarchicalRNN) -> float:
+    """Return the first learned rate that the weights' card asks for."""
+    return float(rule.card.get("initial_rate", FIRST_RATE))
+
+
+def repeated(tasks: TaskBatch, copies: int) -> TaskBatch:
+    """Lay copies of all instances after each other: first copy of all, second copy of all, ..."""
+
+    def repeat(value: Tensor) -> Tensor:
+        return value.repeat(copies, *[1] * (value.dim() - 1))
+
+    data = {key: repeat(value) for key, value in tasks.data.items()}
+    return TaskBatch(tasks.family, [repeat(value) for value in tasks.params], data, tasks.generator)
+
+
+def _rates(rule: HierarchicalRNN, population: Population, progress: Progress) -> list[float]:
+    """Return the learned rate of each tensor of a task: geometric mean over its parameters and instances. [T]"""
+    log_rate = progress.state.log_rate
+    per_tensor = population.layout.mean_per_tensor(log_rate) if rule.rate_per_param else log_rate
+    (tasks,) = population.batches
+    return per_tensor.view(len(tasks.params), tasks.count).mean(1).exp().tolist()

@@ -1,0 +1,130 @@
+"""From outcomes to a verdict: a record of each task, and what they add up to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hrnn.evaluation.baselines import BASELINES
+from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, SELECTION, Outcome, Setting
+from lightning_hrnn.evaluation.statistics import diverged, interquartile_mean, interval, mean_log, speedup
+
+CLOSE = 1.05  # "within 5 %"
+
+Record = dict[str, Any]
+
+
+def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Record:
+    """Compare the learned optimizer with all others on one task.
+
+    One optimizer beats another if the geometric mean of its final losses over the seeds is lower; a run whose loss is
+    not finite makes that mean infinite.
+
+    Args:
+        setting: what was run.
+        task: its name.
+        outcomes: of `"hrnn"`, `"default_adam"` and every baseline.
+    """
+    ours, adam = outcomes[OURS], outcomes["adam"]
+    level = {name: _level(outcome) for name, outcome in outcomes.items()}
+    speedups = [
+        speedup(ours.steps, ours_curve, ours_final, adam_curve, adam_final)
+        for ours_curve, ours_final, adam_curve, adam_final in zip(
+            _columns(ours.curve), ours.final, _columns(adam.curve), adam.final, strict=True
+        )
+    ]
+    default = outcomes[DEFAULT_ADAM]
+    return {
+        "suite": setting.suite,
+        "task": task,
+        "steps": setting.steps,
+        "used_for_selection": task.startswith(f"{SELECTION}/"),
+        "initial": ours.initial,
+        "hrnn": {"final": ours.final, "diverged": count_diverged(ours), "seconds": ours.seconds},
+        "baselines": {name: _baseline(outcomes[name]) for name in BASELINES},
+        "default_adam": {"lr": default.lr, "final": default.final, "diverged": count_diverged(default)},
+        "speedup_vs_adam": math.exp(sum(map(math.log, speedups)) / len(speedups)),
+        "speedups_vs_adam": speedups,
+        "loss_ratio_to_adam": _ratio(level[OURS], level["adam"]),
+        "beats": {name: level[OURS] < level[name] for name in BASELINES},
+        "beats_default_adam": level[OURS] < level[DEFAULT_ADAM],
+        "within_5_percent_of_adam": level[OURS] <= level["adam"] + math.log(CLOSE) and math.isfinite(level[OURS]),
+        "beaten_pairs": {name: _pairs(ours, outcomes[name]) for name in BASELINES},
+    }
+
+
+def summarise(records: Sequence[Record]) -> Record:
+    """Add records up; rates are shares of tasks, None without any.
+
+    Returns:
+        `win_rate_NAME` for each baseline, `win_rate_best` (all tuned baselines beaten), `win_rate_default_adam`,
+        `win_rate_pairs_adam` (share of task and seed pairs), `within_5_percent_of_adam`, `speedup_iqm` with its 95 %
+        bootstrap interval `speedup_iqm_interval`, `diverged` of `runs`, `tasks`, `seconds` on the wall of the learned
+        optimizer and of the baselines, tuning apart.
+    """
+    speeds = torch.tensor([record["speedups_vs_adam"] for record in records], dtype=torch.float64).log()
+    everyone = {f"win_rate_{name}": _share([record["beats"][name] for record in records]) for name in BASELINES}
+    return {
+        "tasks": len(records),
+        "runs": sum(len(record["hrnn"]["final"]) for record in records),
+        **everyone,
+        "win_rate_best": _share([all(record["beats"].values()) for record in records]),
+        "win_rate_default_adam": _share([record["beats_default_adam"] for record in records]),
+        "win_rate_pairs_adam": _share([pair for record in records for pair in record["beaten_pairs"]["adam"]]),
+        "within_5_percent_of_adam": _share([record["within_5_percent_of_adam"] for record in records]),
+        "speedup_iqm": float(interquartile_mean(speeds.flatten()).exp()) if records else None,
+        "speedup_iqm_interval": [math.exp(edge) for edge in interval(speeds)] if records else None,
+        "diverged": sum(record["hrnn"]["diverged"] for record in records),
+        "seconds": {
+            "hrnn": sum(record["hrnn"]["seconds"] for record in records),
+            **{name: sum(record["baselines"][name]["seconds"] for record in records) for name in BASELINES},
+            "tuning": sum(base["tuning_seconds"] for record in records for base in record["baselines"].values()),
+        },
+    }
+
+
+def count_diverged(outcome: Outcome) -> int:
+    """Count the runs that were ever not finite or ended above where they began."""
+    curve, final, initial = (torch.tensor(value) for value in (outcome.curve, outcome.final, outcome.initial))
+    return int(diverged(curve, final, initial).sum())
+
+
+def _baseline(outcome: Outcome) -> Record:
+    return {
+        "lr": outcome.lr,
+        "final": outcome.final,
+        "diverged": count_diverged(outcome),
+        "at_edge_of_grid": outcome.lr in (RATES[0], RATES[-1]),
+        "seconds": outcome.seconds,
+        "tuning_seconds": outcome.tuning_seconds,
+    }
+
+
+def _level(outcome: Outcome) -> float:
+    return float(mean_log(torch.tensor(outcome.final, dtype=torch.float64), _double(outcome.initial)))
+
+
+def _pairs(ours: Outcome, theirs: Outcome) -> list[bool]:
+    return [a < b for a, b in zip(ours.final, theirs.final, strict=True)]
+
+
+def _ratio(ours: float, theirs: float) -> float | None:
+    if not math.isfinite(theirs):
+        return None
+    return math.exp(min(ours - theirs, 700.0)) if math.isfinite(ours) else math.inf
+
+
+def _columns(curve: list[list[float]]) -> list[list[float]]:
+    return [list(column) for column in zip(*curve, strict=True)]
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _double(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

@@ -1,0 +1,419 @@
+"""The fair evaluation: baselines, statistics, the protocol, its cache, the command and its report."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers.images import write_idx_set
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_hrnn.cli import main
+from lightning_hrnn.evaluation.baselines import BASELINES, train, warm_up_cosine
+from lightning_hrnn.evaluation.nets import VALIDATION_NETS
+from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, Learned, Outcome, Setting, Trial
+from lightning_hrnn.evaluation.statistics import diverged, interquartile_mean, interval, mean_log, reached, speedup
+from lightning_hrnn.evaluation.trials import Cache, run_trials
+from lightning_hrnn.evaluation.unseen import unseen_nets
+from lightning_hrnn.evaluation.verdict import judge, summarise
+from lightning_hrnn.meta.population import Population, TaskBatch
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, load_pretrained
+from lightning_hrnn.tasks.base import TaskFamily
+from lightning_hrnn.tasks.functions import Quadratic
+from lightning_hrnn.vision import FashionMNISTData
+
+SMALL = Setting("nets", steps=4, seeds=2, tuning_seeds=2)
+TORCH = {
+    "sgd": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
+    "rmsprop": lambda params, lr: torch.optim.RMSprop(params, lr),
+    "adam": lambda params, lr: torch.optim.Adam(params, lr),
+    "adamw": lambda params, lr: torch.optim.AdamW(params, lr),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Recorder(TaskFamily):
+    """A bowl that remembers the noise of every stochastic gradient."""
+
+    name = "recorder"
+
+    def __init__(self):
+        self.noise = []
+
+    def init(self, count, generator):
+        return [torch.randn(count, 3, generator=generator)], {"centre": torch.randn(count, 3, generator=generator)}
+
+    def loss(self, params, data, generator=None):
+        loss = (params[0] - data["centre"]).square().sum(-1)
+        if generator is not None:
+            self.noise.append(torch.randn(params[0].shape, generator=generator))
+            loss = loss + 0.1 * (self.noise[-1] * (params[0] - params[0].detach())).sum(-1)
+        return loss
+
+
+# -- baselines
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_is_torchs_own(name):
+    batch = TaskBatch.draw(Quadratic(6), 3, seed=1)
+    rates, steps = torch.tensor([1e-3, 3e-3, 1e-2]), 30
+    baseline = BASELINES[name]
+    found = train(baseline.rule, Population([batch]), rates, steps, set(range(steps)), baseline.schedule)
+    for index, rate in enumerate(rates.tolist()):
+        params = [value[index : index + 1].clone().requires_grad_() for value in batch.params]
+        data = {key: value[index : index + 1] for key, value in batch.data.items()}
+        optimizer = TORCH[name](params, rate)
+        schedule = LambdaLR(optimizer, lambda step: baseline.schedule(step, steps))
+        for step in range(steps):
+            optimizer.zero_grad()
+            batch.family.loss(params, data).sum().backward()
+            optimizer.step()
+            schedule.step()
+            loss = batch.family.loss(params, data)[0]
+            torch.testing.assert_close(found[step, index], loss.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_schedule_rises_for_a_twentieth_and_ends_at_nothing():
+    factors = [warm_up_cosine(step, 1000) for step in range(1000)]
+    assert factors[:50] == pytest.approx([(step + 1) / 50 for step in range(50)])
+    assert all(later < earlier for earlier, later in pairwise(factors[50:]))
+    assert 0 < factors[-1] < 1e-5
+    assert [warm_up_cosine(0, 1), warm_up_cosine(0, 2)] == [1.0, 1.0]
+
+
+# -- statistics
+
+
+def test_a_failed_run_is_the_worst():
+    initial = torch.ones(2)
+    levels = mean_log(torch.tensor([[1.0, math.nan], [1.0, math.inf], [5.0, 5.0], [0.0, 0.0]]), initial)
+    assert levels[:2].tolist() == [math.inf, math.inf]
+    assert levels[2] == pytest.approx(math.log(5))
+    assert levels[3] == pytest.approx(math.log(1e-12))  # nothing is lower than what single precision can tell
+
+
+def test_runs_that_blow_up_or_end_above_their_start_have_diverged():
+    curve = torch.tensor([[1.0, math.nan, 3.0, 0.5], [0.5, 0.5, 2.0, math.inf], [0.2, 0.2, 2.0, 0.5]])
+    assert diverged(curve, curve[-1], torch.ones(4)).tolist() == [False, True, True, True]
+
+
+def test_speed_up_swaps_the_roles_when_the_target_is_never_reached():
+    steps = [1, 10, 20, 50, 100]
+    fast, slow = [9.0, 4.0, 1.0, 1.0, 1.0], [9.0, 8.0, 6.0, 4.0, 3.0]
+    assert speedup(steps, fast, 1.0, slow, 3.0) == pytest.approx(100 / 20)
+    assert speedup(steps, slow, 3.0, fast, 1.0) == pytest.approx(20 / 100)
+    assert speedup(steps, fast, 1.0, fast, 1.0) == pytest.approx(100 / 20)
+    assert speedup(steps, [math.inf] * 5, math.inf, slow, 3.0) == pytest.approx(1 / 100)
+    assert speedup(steps, fast, 1.0, [math.inf] * 5, math.inf) == pytest.approx(100)
+    assert reached(steps, [9.0, 1.0, 9.0, 9.0, 9.0], 2.0) is None  # one lucky score
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_seeds():
+    values = torch.randn(8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert interquartile_mean(torch.tensor([-100.0, 1, 2, 3, 4, 5, 6, 1000])).item() == 3.5
+    widths = []
+    for seeds in (5, 40):
+        low, high = interval(values[:, :seeds])
+        assert low < interquartile_mean(values[:, :seeds].flatten()) < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+    assert interval(values[:, :1]) == pytest.approx([interquartile_mean(values[:, :1].flatten()).item()] * 2)
+
+
+# -- tasks
+
+
+@pytest.mark.parametrize("name", [*unseen_nets(), "digits-conv", "digits-norm-conv", "digits-resnet-v2"])
+def test_instances_of_a_net_do_not_mix(name):
+    suite = "vision" if "conv" in name or "resnet" in name else "nets"
+    family = Setting(suite, 1).families()[name]()
+    params, data = family.init(2, torch.Generator().manual_seed(0))
+    params = [value.requires_grad_() for value in params]
+    losses = family.loss(params, data, torch.Generator().manual_seed(1))
+    assert losses.shape == (2,)
+    assert not torch.equal(losses[0], losses[1])
+    for value, grad in zip(params, torch.autograd.grad(losses[0], params), strict=True):
+        assert grad[0].isfinite().all()
+        assert not grad[1].any()
+        assert value.shape == grad.shape
+    assert family.name == name
+
+
+def test_full_losses_of_a_real_data_set_do_not_depend_on_the_order():
+    family = Setting("nets", 1).families()["digits-relu-mlp"]()
+    params, data = family.init(2, torch.Generator().manual_seed(0))
+    swapped = family.loss([value.flip(0) for value in params], data)
+    torch.testing.assert_close(family.loss(params, data).flip(0), swapped)
+    assert len(family.load().classes) == 1437
+
+
+def test_reported_nets_are_none_that_checkpoints_are_picked_by():
+    tasks = SMALL.choose(None)
+    assert {name for name in tasks if name.startswith("validation/")} == {
+        f"validation/{name}" for name in VALIDATION_NETS
+    }
+    assert SMALL.choose(["validation"]) == [f"validation/{name}" for name in VALIDATION_NETS]
+    assert not unseen_nets().keys() & VALIDATION_NETS.keys()
+
+
+def test_fashion_mnist_is_read_from_its_folder_or_missed_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(FashionMNISTData, "debian", tmp_path / "none")
+    setting = Setting("vision", 1, data_dir=str(tmp_path / "data"))
+    with pytest.raises(FileNotFoundError, match="--data-dir"):
+        setting.draw("fashion-conv", "report", 1)
+    write_idx_set(tmp_path / "data" / "FashionMNIST" / "raw", train=40, test=10)
+    batch = setting.draw("fashion-resnet-v2", "report", 2)
+    assert Population([batch]).losses(Population([batch]).initial_params()).isfinite().all()
+
+
+def test_a_corpus_is_its_families():
+    setting = Setting("corpus", 1, corpus="quick", draws=2)
+    tasks = setting.choose(None)
+    assert len(tasks) == 12 == len(set(tasks))
+    assert setting.choose(["mlp"]) == ["mlp/1", "mlp/2"]
+    shapes = [[value.shape for value in setting.draw(task, "report", 1).params] for task in ("mlp/1", "mlp/1", "mlp/2")]
+    assert shapes[0] == shapes[1] != shapes[2]
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match=r"'cats'.*'vision'"):
+        Setting("cats", 1)
+    with pytest.raises(ValueError, match="seeds must be at least 1"):
+        Setting("nets", 1, seeds=0)
+    with pytest.raises(ValueError, match=r"no tasks \['cats'\].*deep-relu-mlp"):
+        SMALL.choose(["cats", "gru"])
+
+
+# -- the protocol
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    family = Recorder()
+    monkeypatch.setattr(Setting, "families", lambda self: {"recorder": lambda: family})
+    return family
+
+
+def test_all_optimizers_see_the_same_instances_and_batches(recorder):
+    setting = Setting("nets", steps=12, seeds=3, tuning_seeds=2)
+    learned, seen, initial = Learned(load_pretrained()), [], []
+    for name in (OURS, DEFAULT_ADAM, "sgd"):
+        recorder.noise.clear()
+        initial.append(Trial(setting, "recorder", name).run(learned).initial)
+        seen.append(torch.stack(recorder.noise[-12:]))
+    assert initial[0] == initial[1] == initial[2]
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    tuned_on, reported_on = (setting.draw("recorder", purpose, 2).params[0] for purpose in ("tune", "report"))
+    assert not torch.equal(tuned_on, reported_on)
+
+
+def test_the_best_rate_of_the_grid_is_kept(recorder):
+    setting = Setting("nets", steps=25, seeds=2, tuning_seeds=3)
+    shares = []
+    outcome = Trial(setting, "recorder", "sgd").run(tick=shares.append)
+    assert len(RATES) == len(outcome.tuning) == 15
+    assert outcome.lr == RATES[min(range(15), key=outcome.tuning.__getitem__)]
+    assert outcome.tuning[-1] == math.inf or outcome.tuning[-1] > min(outcome.tuning) + 10  # 10 is far too much
+    assert sum(shares) == pytest.approx(1)
+    slow = Trial(setting, "recorder", "sgd")._train(BASELINES["sgd"], outcome.lr / 100, lambda share: None)
+    assert max(outcome.final) < min(slow.final)
+
+
+def test_tuning_in_parts_gives_each_rate_its_due(recorder, monkeypatch):
+    setting = Setting("nets", steps=25, seeds=2, tuning_seeds=2)
+    whole = Trial(setting, "recorder", "adam").run()
+    monkeypatch.setattr("lightning_hrnn.evaluation.protocol.FLOATS_AT_ONCE", 50)
+    parts = Trial(setting, "recorder", "adam").run()
+    assert parts.lr == whole.lr
+    assert parts.tuning[:8] == pytest.approx(whole.tuning[:8], abs=0.05)  # other noise, the same small steps
+    assert parts.final == whole.final
+
+
+def test_scores_are_spread_and_end_with_those_of_the_final_loss():
+    setting = Setting("nets", 1000)
+    assert setting.final() == [960, 970, 980, 990, 1000]
+    assert setting.scored()[-5:] == setting.final()
+    assert setting.scored()[0] == 1
+    assert Setting("nets", 1).scored() == Setting("nets", 1).final() == [1]
+    losses = torch.tensor([[9.0, 9.0]] + [[1.0, 1.0]] * 4 + [[2.0, math.nan]])
+    assert setting.final_loss(losses).tolist() == pytest.approx([1.2, math.inf])
+
+
+def test_the_learned_rates_are_recorded():
+    outcome = Trial(SMALL, "wide-relu-mlp", OURS).run(Learned(load_pretrained()))
+    assert outcome.steps == [1, 2, 3, 4]
+    assert [len(rates) for rates in outcome.rates] == [4] * 4
+    first = load_pretrained().card["initial_rate"]
+    assert all(first / 2 < rate < first * 2 for rate in outcome.rates[0])
+    with pytest.raises(ValueError, match="learned optimizer"):
+        Trial(SMALL, "wide-relu-mlp", OURS).run()
+
+
+# -- the verdict
+
+
+def outcome(final, seeds=5, start=4.0, lr=None):
+    steps = [1, 10, 50, 100]
+    curve = [[start] * seeds, [(start + final) / 2] * seeds, [final] * seeds, [final] * seeds]
+    return Outcome(lr, [start] * seeds, [final] * seeds, steps, curve, seconds=1.0)
+
+
+def record(ours, adam=1.0, task="net"):
+    others = {"sgd": 3.0, "rmsprop": 2.0, "adam": adam, "adamw": 1.5}
+    outcomes = {name: outcome(final, lr=RATES[3]) for name, final in others.items()}
+    return judge(Setting("nets", 100), task, {OURS: outcome(ours), DEFAULT_ADAM: outcome(2.5, lr=1e-3), **outcomes})
+
+
+def test_a_record_says_who_was_beaten():
+    found = record(1.8)
+    assert found["beats"] == {"sgd": True, "rmsprop": True, "adam": False, "adamw": False}
+    assert (found["within_5_percent_of_adam"], found["beats_default_adam"]) == (False, True)
+    assert record(1.04)["within_5_percent_of_adam"]
+    assert found["loss_ratio_to_adam"] == pytest.approx(1.8)
+    assert found["speedup_vs_adam"] == pytest.approx(50 / 100)
+    failed = record(math.nan)
+    assert failed["hrnn"]["diverged"] == 5
+    assert not any(failed["beats"].values())
+    assert record(9.0)["hrnn"]["diverged"] == 5
+    assert record(1.0)["beats"]["adam"] is False  # a tie is no win
+
+
+def test_records_add_up():
+    summary = summarise([record(0.5), record(1.2), record(1.8), record(math.inf)])
+    assert (summary["tasks"], summary["runs"], summary["diverged"]) == (4, 20, 5)
+    rates = [summary[f"win_rate_{name}"] for name in ("adam", "adamw", "rmsprop", "sgd", "best", "default_adam")]
+    assert rates == [0.25, 0.5, 0.75, 0.75, 0.25, 0.75]
+    low, high = summary["speedup_iqm_interval"]
+    assert low <= summary["speedup_iqm"] <= high
+    assert summarise([])["win_rate_adam"] is None
+
+
+# -- the cache
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    ran, killed_at = [], [2]
+
+    def run(trial, learned, tick):
+        if len(ran) in killed_at:
+            raise KeyboardInterrupt
+        ran.append(trial)
+        return outcome(1.0)
+
+    monkeypatch.setattr(Trial, "run", run)
+    trials = [Trial(SMALL, "gru", name) for name in BASELINES]
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(trials, DEFAULT_WEIGHTS, Cache(tmp_path), 1)
+    assert ran == trials[:2]
+    killed_at.clear()
+    seen = []
+    found = run_trials(trials, DEFAULT_WEIGHTS, Cache(tmp_path), 1, lambda done, trial: seen.append((done, trial)))
+    assert ran == trials
+    assert list(found) == trials
+    assert seen[0] == (2.0, None)
+    run_trials(trials, DEFAULT_WEIGHTS, Cache(tmp_path), 2)  # nothing is missing: no process starts
+    assert len(ran) == 4
+
+
+def test_only_what_an_outcome_depends_on_makes_it_stale(tmp_path):
+    cache, trial = Cache(tmp_path), Trial(SMALL, "gru", "adam")
+    kept = replace(outcome(1.0), final=[1.0, math.inf], tuning=[1.0], rates=[[0.1]])
+    cache.write(trial, kept)
+    assert cache.read(trial) == kept
+    assert cache.read(replace(trial, setting=replace(SMALL, data_dir="elsewhere", corpus="paper"))) == kept
+    for change in ({"steps": 5}, {"seeds": 3}, {"tuning_seeds": 3}, {"seed": 1}, {"device": "cuda"}):
+        assert cache.read(replace(trial, setting=replace(SMALL, **change))) is None
+    assert cache.read(replace(trial, optimizer=OURS, weights="abc")) is None
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text()[:-9])
+    assert cache.read(trial) is None
+
+
+# -- the command
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder of a very short evaluation."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    budget = ["--steps", "6", "--seeds", "5", "--tuning-seeds", "1", "--processes", "1"]
+    tasks = ["--suite", "nets", "--tasks", "wide-relu-mlp", "digits-wide-tanh-mlp", "validation/wide-mlp"]
+    assert main(["evaluate", *tasks, *budget, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_the_report_is_as_promised(out):
+    report = json.loads((out / "report.json").read_text())
+    for found in report["results"]:
+        assert {"suite", "task", "steps", "hrnn", "baselines", "speedup_vs_adam", "beats"} <= found.keys()
+        assert len(found["hrnn"]["final"]) == 5
+        assert found["hrnn"]["diverged"] in range(6)
+        assert found["baselines"].keys() == found["beats"].keys() == set(BASELINES)
+        for name, baseline in found["baselines"].items():
+            assert baseline["lr"] in RATES
+            levels = [sum(map(math.log, one["final"])) for one in (found["hrnn"], baseline)]
+            assert found["beats"][name] == (levels[0] < levels[1])
+    reported = [found for found in report["results"] if not found["used_for_selection"]]
+    assert [found["task"] for found in reported] == ["wide-relu-mlp", "digits-wide-tanh-mlp"]
+    summary = report["summary"]
+    assert summary["tasks"] == 2
+    assert summary["win_rate_adam"] == sum(found["beats"]["adam"] for found in reported) / 2
+    assert summary["win_rate_best"] == sum(all(found["beats"].values()) for found in reported) / 2
+    assert {"win_rate_rmsprop", "speedup_iqm", "speedup_iqm_interval", "diverged", "seconds"} <= summary.keys()
+    assert report["selection"]["tasks"] == 1
+
+
+def test_the_report_can_be_read(out):
+    text = (out / "report.md").read_text()
+    first, second = text.index("| wide-relu-mlp "), text.index("| validation/wide-mlp ")
+    assert first < text.index("## Nets by which checkpoints were picked") < second
+    for name in ("curves.png", "win_rates.png", "rates.png"):
+        assert f"({name})" in text
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_finds_everything_in_the_cache(out, monkeypatch):
+    monkeypatch.setattr(Trial, "run", None)  # a trial that runs fails
+    before = json.loads((out / "report.json").read_text())
+    assert main(before["command"].split()[1:]) == 0
+    assert json.loads((out / "report.json").read_text())["results"] == before["results"]
+
+
+def test_the_command_complains_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(FashionMNISTData, "debian", tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    for arguments, named in (
+        (["--suite", "vision", "--tasks", "fashion-resnet-v2", "--data-dir", "nowhere"], "nowhere"),
+        (["--tasks", "cats"], "'cats'"),
+        (["--weights", "cats"], "'cats'"),
+        (["--suite", "corpus", "--corpus", "cats"], "'cats'"),
+    ):
+        assert main(["evaluate", *arguments]) == 1
+        complaint = capsys.readouterr().err
+        assert complaint.startswith("lightning-hrnn: error: ")
+        assert named in complaint
+        assert complaint.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_processes_make_no_difference(tmp_path):
+    trials = [Trial(SMALL, "wide-relu-mlp", name) for name in ("adam", "sgd", DEFAULT_ADAM)]
+    seen = []
+    found = run_trials(trials, DEFAULT_WEIGHTS, Cache(tmp_path / "a"), 2, lambda done, trial: seen.append(done))
+    alone = run_trials(trials, DEFAULT_WEIGHTS, Cache(tmp_path / "b"), 1)
+    for trial in trials:
+        assert found[trial].lr == alone[trial].lr
+        assert found[trial].curve == alone[trial].curve
+    assert seen[-1] == pytest.approx(3)
