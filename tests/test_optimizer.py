@@ -23,6 +23,7 @@ RULES = {
     "attention": RuleConfig(readouts=("direction", "attention")),
     "paper": RuleConfig.preset("paper"),
     "summary": RuleConfig.preset("summary", readouts=("direction", "attention")),
+    "mixed": RuleConfig(rate="smoothed", features=("scaled_gradient", "relative_rate")),
 }
 
 

@@ -367,15 +367,13 @@ class HierarchicalRNN(nn.Module):
 
     def mean_log_rate(self, state: RuleState, layout: Layout) -> Tensor:
         """Average the log rate over each tensor, and that over the model. [T]"""
-        per_tensor = layout.mean_per_tensor(state.log_rate) if self.rate_per_param else state.log_rate
-        return layout.to_tensors(layout.mean_per_model(per_tensor))
+        return layout.to_tensors(layout.mean_per_model(tensor_log_rate(state, layout)))
 
     def upper_levels(self, param: ParamLevel, param_rms: Tensor, state: RuleState, layout: Layout) -> RuleState:
         """Step the tensor RNN, the global RNN and the rates, and gather the next state."""
         x = param.pooled
         if self.config.tensor_features:
-            per_tensor = layout.mean_per_tensor(state.log_rate) if self.rate_per_param else state.log_rate
-            x = torch.cat([x, relative_update(per_tensor, param_rms)[None]])
+            x = torch.cat([x, relative_update(tensor_log_rate(state, layout), param_rms)[None]])
         bias = layout.to_tensors(self.global_to_tensor @ state.global_hidden)
         tensor_hidden = self.tensor_rnn(x, state.tensor_hidden, bias)
         log_rate = state.log_rate if param.log_rate is None else param.log_rate
@@ -393,6 +391,12 @@ class HierarchicalRNN(nn.Module):
 
 
 ParamLevelEngine = Callable[[HierarchicalRNN, Tensor, RuleState, Tensor, Layout], ParamLevel]
+
+
+def tensor_log_rate(state: RuleState, layout: Layout) -> Tensor:
+    """Return the log rate of each tensor: its own, or the mean of its parameters'. [T]"""
+    own = state.log_rate.shape == state.age.shape
+    return state.log_rate if own else layout.mean_per_tensor(state.log_rate)
 
 
 def relative_update(log_rate: Tensor, param_rms: Tensor) -> Tensor:  # [T], [T] -> [T]
