@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
 
+from lightning_hrnn.evaluation.suites import ValidationRun, validation_suite
 from lightning_hrnn.meta.truncation import TaskStream
 from lightning_hrnn.tasks.base import TaskFamily
 from lightning_hrnn.tasks.corpus import Corpus, get_corpus
 
+T = TypeVar("T")
 
-class _Windows(Dataset[TaskStream]):
-    """Hand out the same stream, once for each truncation window; the learner draws as many tasks as it has room for."""
 
-    def __init__(self, stream: TaskStream, windows: int) -> None:
-        self.stream, self.windows = stream, windows
+class _Batches(Generic[T]):
+    """Hand out batches in order, the same ones on every rank.
 
-    def __getitem__(self, index: int) -> TaskStream:
-        """Return the stream."""
-        return self.stream
+    An iterable of our own rather than a `DataLoader`: Lightning would deal out a loader's batches among the ranks.
+    """
+
+    def __init__(self, batches: Sequence[T]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[T]:
+        """Iterate over the batches."""
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        """Return the number of windows in an epoch, of all processes together: a sampler divides them."""
-        return self.windows * self.stream.shards
+        """Return their number."""
+        return len(self.batches)
 
 
 class TaskDataModule(LightningDataModule):
@@ -64,7 +70,7 @@ class TaskDataModule(LightningDataModule):
                 raise ValueError(f"{name} must be at least 1, not {value}.")
         self.source: Corpus | TaskFamily = family or get_corpus(corpus)
         self.instances, self.epoch_steps, self.seed = instances, epoch_steps, seed
-        self.validation, self.validation_steps = validation, validation_steps
+        self.validation, self.validation_steps = validation_suite(validation), validation_steps
         self.stream: TaskStream | None = None
 
     @property
@@ -76,25 +82,22 @@ class TaskDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Start this process's stream of tasks."""
+        self._started()
+
+    def _started(self) -> TaskStream:
         if self.stream is None:
             rank = self.trainer.global_rank if self.trainer else 0
             world = self.trainer.world_size if self.trainer else 1
             self.stream = TaskStream(self.source, self.instances, self.seed, rank, world)
+        return self.stream
 
-    def train_dataloader(self) -> DataLoader[TaskStream]:
-        """Return one stream of tasks for each window of an epoch."""
-        if self.stream is None:
-            self.setup("fit")
-        assert self.stream is not None
-        return DataLoader(_Windows(self.stream, self.epoch_steps), batch_size=None, num_workers=0)
+    def train_dataloader(self) -> Iterable[TaskStream]:
+        """Return the stream of tasks, once for each window of an epoch; the learner draws what it has room for."""
+        return _Batches([self._started()] * self.epoch_steps)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the validation tasks, one at a time, far past the training horizon."""
-        from lightning_hrnn.evaluation.suites import ValidationRun, validation_suite
-
-        names = validation_suite(self.validation)
-        runs = [ValidationRun(name, self.validation_steps) for name in names]
-        return DataLoader(runs, batch_size=None, num_workers=0)  # type: ignore[arg-type]
+    def val_dataloader(self) -> Iterable[ValidationRun]:
+        """Return the validation runs, one network each, all of them on every rank."""
+        return _Batches([ValidationRun(name, self.validation_steps) for name in self.validation])
 
     def state_dict(self) -> dict[str, int]:
         """Return how many tasks were drawn, so that a resumed run goes on with others."""
@@ -102,7 +105,4 @@ class TaskDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on drawing where the run stopped."""
-        if self.stream is None:
-            self.setup("fit")
-        assert self.stream is not None
-        self.stream.drawn = state_dict["drawn"]
+        self._started().drawn = state_dict["drawn"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lightning_hrnn.optimizer.kernels import choose_engine
 from lightning_hrnn.optimizer.pretrained import load_pretrained, save_pretrained
 from lightning_hrnn.version import __version__
 
+RECENT = 30  # windows of the running mean: which tasks are in flight, and how old, makes single windows jump
 FAMILIES_SHOWN = 8  # the progress bar names the meta-loss of each family of corpora up to this size
 
 
@@ -99,6 +100,7 @@ class MetaLearner(LightningModule):
         self.skipped_meta_steps = 0
         self._stored_pool: dict[str, Any] | None = None
         self._evaluation: dict[str, Outcome] = {}
+        self._recent: deque[Tensor] = deque(maxlen=RECENT)
 
     # ------------------------------------------------------------------ a meta-step
 
@@ -131,7 +133,9 @@ class MetaLearner(LightningModule):
         for name, values in zip(names, scores, strict=True):
             by_family[name].append(values.mean())
         every = torch.cat(scores, -1)
-        self.log("meta_loss", every.mean(), prog_bar=True, sync_dist=True)
+        self.log("meta_loss", every.mean(), sync_dist=True)
+        self._recent.append(every.mean())
+        self.log("meta_loss_mean", torch.stack(list(self._recent)).mean(), prog_bar=True, sync_dist=True)
         self.log("diverged", self.meta_loss.diverged(every[-1]).float().mean(), prog_bar=True, sync_dist=True)
         self.log("skipped", float(self.skipped_meta_steps))
         for family, means in sorted(by_family.items()):

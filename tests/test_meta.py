@@ -419,6 +419,31 @@ def test_validation_compares_with_tuned_adam_past_the_horizon() -> None:
     assert outcome.baseline[-1].mean() < outcome.baseline[0].mean()
 
 
+class RecordEvaluation(Callback):
+    """Write down what each rank validated."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: Trainer, pl_module: MetaLearner) -> None:
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        torch.save(metrics, self.folder / f"rank{trainer.global_rank}.pt")
+        pl_module.export(self.folder / f"rank{trainer.global_rank}.safetensors")
+
+
+def test_every_process_validates_every_network(tmp_path: Path) -> None:
+    data = TaskDataModule("quick", validation=["wide-mlp", "transformer"], validation_steps=8)
+    options = {"strategy": "ddp_fork", "devices": 2, "enable_checkpointing": False}
+    make_trainer(tmp_path, 1, callbacks=[RecordEvaluation(tmp_path)], **options).validate(make_learner(), data)
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert one == pytest.approx(two)
+    rows = load_pretrained(tmp_path / "rank1.safetensors").card["evaluation"]
+    assert {row["net"]: row["regret"] for row in rows} == {
+        name: pytest.approx(one[f"val/{name}"], abs=1e-3) for name in ("wide-mlp", "transformer")
+    }
+    assert rows[0]["regret"] != rows[1]["regret"]
+
+
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="scored_steps must be between 1 and window=10"):
         make_learner(scored_steps=11)

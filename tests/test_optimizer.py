@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_hrnn.evaluation.benchmark.memory import peak_temporary_bytes
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
@@ -367,6 +368,19 @@ def test_state_dtype_bfloat16_halves_the_state() -> None:
     per_param = sum(value.numel() * value.element_size() for value in optimizer.state[params[0]].values()) / 4096
     assert per_param < 37
     assert all(value.isfinite().all() for value in state_of(optimizer))
+
+
+@pytest.mark.parametrize("kernel", ["eager", "auto"])
+def test_temporary_memory_stays_bounded(kernel: str) -> None:
+    params = make_params(shapes=[(2048, 2048)])
+    optimizer = HRNN(params, weights=make_rule(), kernel=kernel)
+    set_grads(params, 0)
+    optimizer.step()
+    peak = peak_temporary_bytes(optimizer.step, torch.device("cpu"))
+    if peak is None:
+        pytest.skip("this system does not say how much memory a call needs")
+    # One float a parameter lies between the passes, and the update is another; all at once would need about 100.
+    assert peak < 16 * params[0].numel()
 
 
 def test_clear_errors() -> None:

@@ -122,7 +122,7 @@ def test_missing_card_missing_file_unknown_name(saved: Path, tmp_path: Path) -> 
         load_pretrained("../weights/hrnn-v0")
 
 
-@pytest.mark.parametrize("text", ["not json", "[]", '{"config": {}}', "\x00\x01"])
+@pytest.mark.parametrize("text", ["not json", "[]", '{"config": {}}', '{"config": {}, "sha256": null}', "\x00\x01"])
 def test_a_card_that_is_not_one_is_refused(saved: Path, text: str) -> None:
     saved.with_suffix(".json").write_text(text)
     with pytest.raises(WeightsError, match="is not a card"):

@@ -235,6 +235,11 @@ class HRNN(Optimizer):
 
     def _update(self, params: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> None:
         """Take every level's step: see `HierarchicalRNN.forward`, whose order this follows."""
+        if len(devices := {str(param.device) for param in params}) > 1:
+            raise RuntimeError(
+                f"The parameters lie on several devices, {sorted(devices)}, and an HRNN steps those of one: give the "
+                "parameters of each device an optimizer of their own."
+            )
         rule = self._rule_on(params[0].device)
         kernel = choose_kernel(self._kernel_name, rule, params[0].device.type)
         state, layout = self._upper_state(params, rule), _tensor_layout(params)
@@ -381,9 +386,10 @@ class HRNN(Optimizer):
         """
         note = state_dict.get("hrnn", {})
         _check_state(state_dict)
-        if note and note["sha256"] != self._fingerprint:
+        theirs = str(note.get("sha256"))
+        if note and theirs != self._fingerprint:
             raise ValueError(
-                f"This state was made with the weights {note['weights']!r} ({note['sha256'][:12]}), and the optimizer "
+                f"This state was made with the weights {note.get('weights')!r} ({theirs[:12]}), and the optimizer "
                 f"has {self._weights_name!r} ({self._fingerprint[:12]}). Build it with the same weights to resume."
             )
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]

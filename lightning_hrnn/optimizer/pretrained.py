@@ -20,7 +20,7 @@ from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 
 DEFAULT_WEIGHTS = "hrnn-v0"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
-CARD_KEYS = ("config", "sha256")
+CARD_KEYS = {"config": dict, "sha256": str}
 
 
 class WeightsError(ValueError):
@@ -88,9 +88,11 @@ def read_card(weights: str | Path = DEFAULT_WEIGHTS) -> dict[str, Any]:
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path} is not a card ({_first_line(error)}).") from error
-    missing = [key for key in CARD_KEYS if not isinstance(card, dict) or key not in card]
+    missing = [
+        key for key, kind in CARD_KEYS.items() if not isinstance(card, dict) or not isinstance(card.get(key), kind)
+    ]
     if missing:
-        raise WeightsError(f"{path} is not a card: it lacks {missing}.")
+        raise WeightsError(f"{path} is not a card: it lacks {missing}, or what it has there is of another kind.")
     return card
 
 

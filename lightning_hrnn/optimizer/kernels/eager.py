@@ -72,10 +72,12 @@ class EagerKernel:
     def apply(self, work: Sequence[TensorWork], pending: Pending, inverse_rms: Tensor) -> None:
         """Move the parameters and lookaheads."""
         for tensor, steps, rate, scale in zip(work, *pending, inverse_rms.unbind(1), strict=True):
-            rates = tensor.lr * rate
-            update = (steps[0] * scale[0]).view(tensor.param.shape) * rates
+            rates, shape = tensor.lr * rate, tensor.param.shape
+            update, *lookahead = (
+                row.mul_(factor).view(shape).mul_(rates) for row, factor in zip(steps, scale, strict=True)
+            )
             if tensor.weight_decay:
                 update += rates * tensor.weight_decay * tensor.param
             tensor.param.sub_(update)
             if tensor.lookahead is not None:
-                tensor.lookahead.copy_((steps[1] * scale[1]).view(tensor.param.shape) * rates)
+                tensor.lookahead.copy_(lookahead[0])
