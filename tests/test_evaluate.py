@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_hrnn.cli import main
 from lightning_hrnn.evaluation.baselines import BASELINES, train, warm_up_cosine
 from lightning_hrnn.evaluation.nets import VALIDATION_NETS
-from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, Learned, Outcome, Setting, Trial
+from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, Learned, Outcome, Trial
+from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.statistics import diverged, interquartile_mean, interval, mean_log, reached, speedup
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.unseen import unseen_nets
@@ -287,6 +288,8 @@ def test_a_record_says_who_was_beaten():
     assert not any(failed["beats"].values())
     assert record(9.0)["hrnn"]["diverged"] == 5
     assert record(1.0)["beats"]["adam"] is False  # a tie is no win
+    solved = record(0.0, adam=1e-30)  # both are below what single precision can tell
+    assert (solved["beats"]["adam"], solved["speedup_vs_adam"]) == (False, 2.0)
 
 
 def test_records_add_up():

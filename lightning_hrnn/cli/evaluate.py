@@ -16,11 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.parser import PROGRAM, CommandParser
 from lightning_hrnn.evaluation.baselines import BASELINES
 from lightning_hrnn.evaluation.evaluation_report import LOSS_COLUMNS, EvaluationReport, losses_row
 from lightning_hrnn.evaluation.figures import plot_curves, plot_rates, plot_win_rates
-from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, Outcome, Setting, Trial, first_rate
+from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, Outcome, Trial, first_rate
+from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.verdict import judge
 from lightning_hrnn.optimizer.kernels import choose_engine
@@ -29,6 +31,7 @@ from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, lo
 QUICK: dict[str, Any] = {"steps": 50, "seeds": 2, "tuning_seeds": 1, "tasks": 2}
 NOT_SHOWN = ("default_adam", "beaten")
 """Values that only the report's tables have room for."""
+DATA_DIR_HELP = "Folder of Fashion-MNIST's idx files; if null, data, or where Debian's package puts them."
 EXAMPLES = f"""\
   {PROGRAM} evaluate --suite nets --quick
   {PROGRAM} evaluate --suite corpus --steps 1000
@@ -41,6 +44,7 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         DataNotFoundError: If a task's data set is not there.
+        OSError: If `--out` cannot be written to.
         ValueError: If there is no such task or corpus, or no GPU where one is asked for.
         WeightsError: If the weights are unknown or damaged.
     """
@@ -56,6 +60,7 @@ def run(arguments: Sequence[str]) -> None:
         tasks = tasks[: QUICK["tasks"]]
     for task in tasks:
         setting.draw(task, "report", 1)  # says now if a data set is missing
+    ready_folder(options.out)
     version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}"
     outcomes = compare(setting, tasks, version, options, console)
     records = [judge(setting, task, outcomes[task]) for task in tasks]
@@ -98,7 +103,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--tasks", type=str, nargs="+", default=None, help="Names of tasks; all of the suite if null.")
     add("--corpus", type=str, default="released", help="Corpus whose families make the suite 'corpus'.")
     add("--draws", type=PositiveInt, default=1, help="Configurations to draw from each family of the corpus.")
-    add("--data-dir", type=str, default="data", help="Folder of Fashion-MNIST's idx files, or torchvision's.")
+    add("--data-dir", type=str | None, default=None, help=DATA_DIR_HELP)
     add("--out", type=Path, default=Path("hrnn-evaluation"), help="Folder for the report, the figures and the cache.")
     add("--processes", type=PositiveInt | None, default=None, help="Each on one thread; as many as cores if null.")
     add("--device", type=Literal["cpu", "cuda"], default="cpu", help="Where to run.")
@@ -149,7 +154,6 @@ def settings(options: Namespace, card: dict[str, Any]) -> dict[str, Any]:
 
 def draw(report: EvaluationReport, outcomes: dict[str, dict[str, Outcome]], folder: Path) -> None:
     """Save the figures."""
-    folder.mkdir(parents=True, exist_ok=True)
     plot_curves(outcomes, folder / "curves.png")
     plot_win_rates(report.verdict, folder / "win_rates.png")
     plot_rates(outcomes, folder / "rates.png")
@@ -157,12 +161,11 @@ def draw(report: EvaluationReport, outcomes: dict[str, dict[str, Outcome]], fold
 
 def show(report: EvaluationReport, console: Console) -> None:
     """Print the table of final losses; nets by which checkpoints were picked are dimmed."""
-    table = Table(
-        title="Final training loss", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = Table(title="Final training loss", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
     columns = [column for column in LOSS_COLUMNS if column.key not in NOT_SHOWN]
     for column in columns:
-        table.add_column(column.title, justify="right" if column.format else "left", no_wrap=bool(column.format))
+        number = bool(column.format)
+        table.add_column(column.title, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for record in report.rows:
         row = losses_row(record)
         table.add_row(*(column.cell(row) for column in columns), style="dim" if record["used_for_selection"] else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,9 +37,9 @@ def losses_row(record: Mapping[str, Any]) -> Record:
     beaten = [name for name, won in record["beats"].items() if won]
     return {
         "task": record["task"],
-        "hrnn": _geometric(record["hrnn"]["final"]),
-        **{name: _geometric(base["final"]) for name, base in record["baselines"].items()},
-        "default_adam": _geometric(record["default_adam"]["final"]),
+        "hrnn": record["hrnn"]["mean"],
+        **{name: base["mean"] for name, base in record["baselines"].items()},
+        "default_adam": record["default_adam"]["mean"],
         "beaten": "all" if len(beaten) == len(BASELINES) else ", ".join(beaten) or "none",
         "speedup": record["speedup_vs_adam"],
         "diverged": record["hrnn"]["diverged"],
@@ -132,9 +131,3 @@ def _section(title: str, columns: Sequence[Column], records: Sequence[Mapping[st
     cells = [[column.title for column in columns], ["---:" if column.format else "---" for column in columns]]
     cells += [[column.cell(row(record)) for column in columns] for record in records]
     return "\n".join([f"## {title}", "", *(f"| {' | '.join(line)} |" for line in cells), ""])
-
-
-def _geometric(values: Sequence[float]) -> float:
-    if not all(math.isfinite(value) for value in values):
-        return math.inf
-    return math.exp(sum(math.log(max(value, 1e-300)) for value in values) / len(values))

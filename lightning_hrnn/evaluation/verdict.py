@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.evaluation.baselines import BASELINES
-from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, SELECTION, Outcome, Setting
-from lightning_hrnn.evaluation.statistics import diverged, interquartile_mean, interval, mean_log, speedup
+from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, Outcome
+from lightning_hrnn.evaluation.setting import SELECTION, Setting
+from lightning_hrnn.evaluation.statistics import LOSS_FLOOR, diverged, interquartile_mean, interval, mean_log, speedup
 
 CLOSE = 1.05  # "within 5 %"
 
@@ -32,9 +33,9 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
     ours, adam = outcomes[OURS], outcomes["adam"]
     level = {name: _level(outcome) for name, outcome in outcomes.items()}
     speedups = [
-        speedup(ours.steps, ours_curve, ours_final, adam_curve, adam_final)
-        for ours_curve, ours_final, adam_curve, adam_final in zip(
-            _columns(ours.curve), ours.final, _columns(adam.curve), adam.final, strict=True
+        speedup(ours.steps, ours_curve, max(ours_final, floor), adam_curve, max(adam_final, floor))
+        for ours_curve, ours_final, adam_curve, adam_final, floor in zip(
+            _columns(ours.curve), ours.final, _columns(adam.curve), adam.final, _floors(ours), strict=True
         )
     ]
     default = outcomes[DEFAULT_ADAM]
@@ -44,9 +45,14 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
         "steps": setting.steps,
         "used_for_selection": task.startswith(f"{SELECTION}/"),
         "initial": ours.initial,
-        "hrnn": {"final": ours.final, "diverged": count_diverged(ours), "seconds": ours.seconds},
-        "baselines": {name: _baseline(outcomes[name]) for name in BASELINES},
-        "default_adam": {"lr": default.lr, "final": default.final, "diverged": count_diverged(default)},
+        "hrnn": {
+            "final": ours.final,
+            "mean": math.exp(level[OURS]),
+            "diverged": count_diverged(ours),
+            "seconds": ours.seconds,
+        },
+        "baselines": {name: _baseline(outcomes[name], level[name]) for name in BASELINES},
+        "default_adam": _baseline(default, level[DEFAULT_ADAM]),
         "speedup_vs_adam": math.exp(sum(map(math.log, speedups)) / len(speedups)),
         "speedups_vs_adam": speedups,
         "loss_ratio_to_adam": _ratio(level[OURS], level["adam"]),
@@ -93,10 +99,11 @@ def count_diverged(outcome: Outcome) -> int:
     return int(diverged(curve, final, initial).sum())
 
 
-def _baseline(outcome: Outcome) -> Record:
+def _baseline(outcome: Outcome, level: float) -> Record:
     return {
         "lr": outcome.lr,
         "final": outcome.final,
+        "mean": math.exp(level),
         "diverged": count_diverged(outcome),
         "at_edge_of_grid": outcome.lr in (RATES[0], RATES[-1]),
         "seconds": outcome.seconds,
@@ -106,6 +113,10 @@ def _baseline(outcome: Outcome) -> Record:
 
 def _level(outcome: Outcome) -> float:
     return float(mean_log(torch.tensor(outcome.final, dtype=torch.float64), _double(outcome.initial)))
+
+
+def _floors(outcome: Outcome) -> list[float]:
+    return [LOSS_FLOOR * value for value in outcome.initial]
 
 
 def _pairs(ours: Outcome, theirs: Outcome) -> list[bool]:
