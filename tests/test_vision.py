@@ -88,12 +88,22 @@ def test_fashion_mnist_reads_as_torchvision_does(tmp_path):
     assert torch.equal(ours.labels, theirs.targets)
 
 
-def test_debians_folder_is_the_last_resort(tmp_path, monkeypatch):
+def test_debians_folder_is_the_last_resort_if_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     _, debian = write_idx_set(tmp_path / "debian", train=40, test=10)
     monkeypatch.setattr(FashionMNISTData, "debian", tmp_path / "debian")
-    assert torch.equal(FashionMNISTData(str(tmp_path / "none")).read()[1].images, debian.images)
-    _, own = write_idx_set(tmp_path / "own", train=40, test=20)
-    assert torch.equal(FashionMNISTData(str(tmp_path / "own")).read()[1].images, own.images)
+    assert torch.equal(FashionMNISTData().read()[1].images, debian.images)
+    _, own = write_idx_set(tmp_path / "data", train=40, test=20)
+    assert torch.equal(FashionMNISTData().read()[1].images, own.images)
+
+
+def test_a_named_folder_is_the_only_one_looked_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FashionMNISTData, "debian", tmp_path / "debian")
+    for folder in ("debian", "data"):
+        write_idx_set(tmp_path / folder, train=40, test=10)
+    with pytest.raises(DataNotFoundError, match="neither 'gone' nor 'gone/FashionMNIST/raw' holds"):
+        FashionMNISTData("gone").read()
 
 
 @pytest.mark.parametrize("data", [FashionMNISTData, MNISTData, CIFAR10Data])

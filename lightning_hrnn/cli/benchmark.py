@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.parser import PROGRAM, CommandParser
 from lightning_hrnn.evaluation.benchmark import (
     Iteration,
+    Model,
     Tick,
     UnrollSize,
     load_model,
@@ -76,6 +78,7 @@ def run(arguments: Sequence[str]) -> None:
     """Measure, print the tables, write the report.
 
     Raises:
+        OSError: If `--out` cannot be written to.
         ValueError: If there is no such model, or no GPU where one is asked for.
         WeightsError: If the weights are unknown or damaged.
     """
@@ -86,10 +89,11 @@ def run(arguments: Sequence[str]) -> None:
     effort = effort._replace(models=tuple(options.models or effort.models), rounds=options.rounds or effort.rounds)
     rule, console = load_pretrained(options.weights), Console()
     torch.set_num_threads(options.threads)
-    measured = measure(rule, effort, torch.device(options.device), console)
+    models = [load_model(name) for name in effort.models]  # all at first: a wrong name ends the run now
+    ready_folder(options.out)
+    measured = measure(rule, models, effort, torch.device(options.device), console)
     for part in measured.parts:
         show(part, console)
-    options.out.mkdir(parents=True, exist_ok=True)
     report = BenchmarkReport.of(
         measured,
         command=shlex.join([PROGRAM, "benchmark", *arguments]),
@@ -132,10 +136,11 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(list(arguments))
 
 
-def measure(rule: HierarchicalRNN, effort: Effort, device: torch.device, console: Console) -> Measured:
+def measure(
+    rule: HierarchicalRNN, models: Sequence[Model], effort: Effort, device: torch.device, console: Console
+) -> Measured:
     """Measure everything behind progress bars."""
     measured = Measured([], [], [], spread=0.0)
-    models = [load_model(name) for name in effort.models]  # all at first: a wrong name ends the run now
     common: dict[str, Any] = {"rounds": effort.rounds, "shortest": effort.shortest}
     with _progress(console) as bars:
         compared = variants(rule, device)

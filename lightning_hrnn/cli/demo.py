@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.parser import PROGRAM, CommandParser
 from lightning_hrnn.evaluation.comparison import Entrant, Exam, Run, ScoreCurve, train_entrant
 from lightning_hrnn.evaluation.plots import Panel, plot_panels
@@ -49,6 +50,7 @@ COLUMNS = (
     Column("test_accuracy", "test accuracy", ".2%"),
     Column("steps_per_second", "steps/s", ".0f"),
 )
+DATA_DIR_HELP = "Folder of Fashion-MNIST's idx files; if null, data, or where Debian's package puts them."
 EXAMPLES = f"""\
   {PROGRAM} demo
   {PROGRAM} demo --epochs 5 --seed 1 --out /tmp/demo
@@ -61,6 +63,7 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         DataNotFoundError: If the data set is not there.
+        OSError: If `--out` cannot be written to.
         WeightsError: If the weights are unknown or damaged.
     """
     options = parse(arguments)
@@ -68,6 +71,7 @@ def run(arguments: Sequence[str]) -> None:
     torch.set_num_threads(options.threads)
     load_pretrained(options.weights)  # says at once what is wrong with them
     data = load_data(options)
+    ready_folder(options.out)
     batches = data.train_dataloader()
     steps = options.steps or (options.epochs or DEFAULT_EPOCHS[options.data]) * len(batches)
     described = (
@@ -94,7 +98,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     )
     add = parser.add_argument
     add("--data", type=Literal["digits", "fashion-mnist"], default="digits", help="Digits come with scikit-learn.")
-    add("--data-dir", type=str, default="data", help="Folder of Fashion-MNIST's idx files.")
+    add("--data-dir", type=str | None, default=None, help=DATA_DIR_HELP)
     add("--epochs", type=PositiveInt | None, default=None, help="Epochs; 20 of digits, 1 of Fashion-MNIST if null.")
     add("--steps", type=PositiveInt | None, default=None, help="Optimizer steps, instead of --epochs.")
     add("--seed", type=NonNegativeInt, default=0, help="Seed of the first weights and of the batches.")
@@ -184,7 +188,6 @@ def summarise(runs: Sequence[Run]) -> str:
 def write(runs: Sequence[Run], described: str, steps: int, options: Namespace, arguments: Sequence[str]) -> Report:
     """Save the curves and the report, and return the report."""
     title = f"Learned optimizer against untuned baselines on {options.data}"
-    options.out.mkdir(parents=True, exist_ok=True)
     panels = [
         _panel(runs, "Training loss", "cross-entropy [nats]", "train_loss", log=True),
         _panel(runs, "Test accuracy", "images classified rightly", "test_accuracy", percent=True),

@@ -23,11 +23,11 @@ def digits() -> Examples:
 
 
 @lru_cache(maxsize=1)
-def fashion(data_dir: str) -> Examples:
+def fashion(data_dir: str | None) -> Examples:
     """Return the 60,000 training images of Fashion-MNIST, 28x28.
 
     Args:
-        data_dir: where the idx files or torchvision's folder are; Debian's package is found by itself.
+        data_dir: where the idx files or torchvision's folder are; None looks in `data` and in Debian's package.
 
     Raises:
         DataNotFoundError: there are no such files; the message says how to obtain them.
@@ -117,11 +117,11 @@ def normed(width: int) -> nn.Module:
     return replace_all_batch_norm_modules_(conv_bn(1, 10, width))
 
 
-def vision_nets(data_dir: str) -> dict[str, Callable[[], TaskFamily]]:
+def vision_nets(data_dir: str | None) -> dict[str, Callable[[], TaskFamily]]:
     """Return the families by name; each is made when called, its data read when it draws instances.
 
     Args:
-        data_dir: folder of Fashion-MNIST.
+        data_dir: folder of Fashion-MNIST; None looks where it usually is.
     """
     clothes = partial(fashion, data_dir)
     nets: dict[str, tuple[Callable[[], nn.Module], Callable[[], Examples]]] = {

@@ -62,7 +62,7 @@ class IdxImageData(ImageData):
     `data_dir/NAME/raw`, where torchvision puts them.
 
     Args:
-        data_dir: Folder of the data.
+        data_dir: Folder of the data; None looks in `data`, and where Debian's package, if there is one, puts them.
         batch_size: Training images per step and process.
         eval_batch_size: Images per step and process when only scoring.
         validation: Number of training images set aside for validation, stratified by class.
@@ -72,10 +72,11 @@ class IdxImageData(ImageData):
 
     name: str
     obtain: str
+    debian: Path | None = None  # where Debian's package puts the files, if there is one
 
     def __init__(
         self,
-        data_dir: str = "data",
+        data_dir: str | None = None,
         batch_size: int = 64,
         eval_batch_size: int = 1000,
         validation: int = 5000,
@@ -87,7 +88,9 @@ class IdxImageData(ImageData):
 
     def folders(self) -> list[Path]:
         """Return where the files are looked for, in order."""
-        return [Path(self.data_dir), Path(self.data_dir, self.name, "raw")]
+        folder = Path("data" if self.data_dir is None else self.data_dir)
+        elsewhere = [self.debian] if self.data_dir is None and self.debian else []
+        return [folder, folder / self.name / "raw", *elsewhere]
 
     def read(self) -> tuple[ImageSet, ImageSet]:
         """Return the training and the test images.
@@ -115,21 +118,17 @@ class IdxImageData(ImageData):
 class FashionMNISTData(IdxImageData):
     """Fashion-MNIST: 70,000 images, 28x28, of ten kinds of clothing.
 
-    Besides `data_dir`, the folder of Debian's package dataset-fashion-mnist is looked at.
+    Without a `data_dir`, the folder of Debian's package dataset-fashion-mnist is looked at too.
     """
 
     name = "FashionMNIST"
     obtain = (
-        "Install them with `apt-get install dataset-fashion-mnist` (Debian, Ubuntu; found without further ado), "
+        "Install them with `apt-get install dataset-fashion-mnist` (Debian, Ubuntu; found if no folder is named), "
         "or download them from https://github.com/zalandoresearch/fashion-mnist, or let torchvision: "
         "`python -c \"import torchvision; torchvision.datasets.FashionMNIST('data', download=True)\"`."
     )
     debian = Path("/usr/share/datasets/fashion-mnist")
     scale = Scale(mean=(0.2860,), std=(0.3530,))
-
-    def folders(self) -> list[Path]:
-        """Return where the files are looked for, in order."""
-        return [*super().folders(), self.debian]
 
 
 class MNISTData(IdxImageData):
