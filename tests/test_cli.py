@@ -1,6 +1,9 @@
 """The command line: help, errors in one line, info, Lightning's subcommands."""
 
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.images import write_idx_set
+from lightning.pytorch import Callback
 
 from lightning_hrnn.cli import COMMANDS, main
 from lightning_hrnn.cli.errors import explain, reporting_errors
+from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.run_report import panels_of, read_curves
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, WEIGHTS_FOLDER, WeightsError
 from lightning_hrnn.version import __version__
@@ -189,12 +194,45 @@ def test_train_names_what_is_wrong(fails, arguments, named, status):
 @pytest.mark.parametrize("command", [["demo", "--data", "fashion-mnist", "--data-dir", "gone"], ["train", "fit"]])
 def test_missing_data_are_one_clear_error(tmp_path, fails, monkeypatch, command):
     monkeypatch.setattr(FashionMNISTData, "debian", tmp_path / "debian")
+    write_idx_set(tmp_path / "debian", train=4, test=4)  # not what was asked for
     if command[0] == "train":
         recipe = DIGITS.replace("digits", "fashion_mnist")
         command += ["--config", recipe, "--data.data_dir", "gone", "--trainer.logger", "false", *QUIET]
     complaint = fails(*command)
     assert "FashionMNIST not found: neither 'gone'" in complaint
     assert "apt-get install dataset-fashion-mnist" in complaint
+
+
+@pytest.mark.parametrize(
+    "command", [["demo", "--steps", "1"], ["benchmark", "--quick"], ["evaluate", "--quick"], ["train"], ["meta-train"]]
+)
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path, fails, monkeypatch, command):
+    def work(*_, **__):
+        raise AssertionError("the work began")
+
+    for place in (
+        "demo.train_all",
+        "benchmark.measure",
+        "evaluate.compare",
+        "lightning.CommandCLI.instantiate_trainer",
+    ):
+        monkeypatch.setattr(f"lightning_hrnn.cli.{place}", work)
+    if "train" in command[0]:
+        recipe = {"train": DIGITS, "meta-train": DIGITS.replace("digits", "meta_train/quick")}[command[0]]
+        command = [*command, "fit", "--config", recipe]
+    (tmp_path / "afile").touch()
+    assert fails(*command, "--out", "afile") == (
+        "lightning-hrnn: error: Nothing can be written to the folder 'afile': it is a file. "
+        "Name another with `--out DIR`."
+    )
+    assert "Name another with `--out DIR`." in fails(*command, "--out", "afile/below")
+
+
+def test_a_folder_that_cannot_be_made_says_why(tmp_path):
+    with pytest.raises(OSError, match=r"'/proc/hrnn': no such file or directory\. Name another with `--out DIR`"):
+        ready_folder("/proc/hrnn")  # where even the superuser makes none
+    assert ready_folder(tmp_path / "a" / "b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_a_printed_configuration_prints_itself_again(tmp_path, capsys):
@@ -216,7 +254,8 @@ def test_train_reports_and_its_checkpoint_tests_alike(tmp_path):
     assert curves["val/acc"][1][-1] == pytest.approx(metrics["val/acc"])
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    (checkpoint,) = (tmp_path / "runs" / "digits").rglob("*.ckpt")
+    checkpoint, last = sorted((tmp_path / "runs" / "digits").rglob("*.ckpt"))
+    assert (checkpoint.name, last.name) == ("epoch=1-step=78.ckpt", "last.ckpt")
     config = next((tmp_path / "runs" / "digits").rglob("config.yaml"))
     assert str(config.relative_to(tmp_path)) in report["command"]
     again = ["--config", str(config), "--ckpt_path", str(checkpoint), "--out", "again", *QUIET]
@@ -261,3 +300,65 @@ def test_fashion_mnist_trains_from_generated_files(tmp_path):
     ]
     assert main(["train", "fit", "--config", recipe, *sizes, "--out", "out", *QUIET]) == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["summary"].startswith("3 optimizer steps")
+
+
+# -- Ctrl-C
+
+
+class CtrlC(Callback):
+    """Send this process what Ctrl-C sends, once, in the middle of a batch."""
+
+    sent = False
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == 2 and not CtrlC.sent:
+            CtrlC.sent = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Name of the callback; the handler that Lightning takes away comes back."""
+    CtrlC.sent = False
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield f"{CtrlC.__module__}.{CtrlC.__qualname__}"
+    signal.signal(signal.SIGINT, handler)
+
+
+TINY = shlex.split(
+    "--trainer.max_steps 6 --model.places 2 --model.window 4 --model.scored_steps 2 --data.instances 2"
+    " --trainer.limit_val_batches 0 --trainer.logger false"
+)
+
+
+# Lightning's, of a resumed run: an epoch begun anew, files of the first part.
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    ("command", "recipe", "options"),
+    [
+        (
+            "train",
+            "digits",
+            ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "4", "--trainer.log_every_n_steps", "1"],
+        ),
+        ("meta-train", "meta_train/quick", TINY),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on_and_that_works(tmp_path, fails, ctrl_c, command, recipe, options):
+    config = DIGITS.replace("digits", recipe)
+    complaint = fails(
+        *[command, "fit", "--config", config, *options, *QUIET],
+        *["--trainer.callbacks+", ctrl_c],
+        status=130,
+    )
+    assert complaint.startswith(
+        f"lightning-hrnn: error: interrupted; go on with `lightning-hrnn {command} fit --config "
+    )
+    _, *again = shlex.split(complaint.partition("`")[2].removesuffix("`"))
+    saved = torch.load(again[-1], weights_only=False)
+    assert (again[-2], saved["global_step"]) == ("--ckpt_path", 2)
+    assert main(again) == 0
+    steps = {torch.load(path, weights_only=False)["global_step"] for path in tmp_path.rglob("last.ckpt")}
+    assert max(steps) == (8 if command == "train" else 6)

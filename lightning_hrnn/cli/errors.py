@@ -50,10 +50,10 @@ def reporting_errors(debug: bool = False) -> Iterator[Outcome]:
     outcome = Outcome()
     try:
         yield outcome
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         outcome.status = INTERRUPTED
-        _say("interrupted")
-    except SystemExit as leaving:  # of `--help`, `--version`, `--print_config`, and Lightning's own end after Ctrl-C
+        _say("; ".join(["interrupted", *map(str, filter(None, interrupt.args))]))
+    except SystemExit as leaving:  # of `--help`, `--version` and `--print_config`
         outcome.status = leaving.code if isinstance(leaving.code, int) else FAILURE if leaving.code else 0
     except Exception as error:
         if debug or not _is_users(error):

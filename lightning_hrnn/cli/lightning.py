@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.parser import parser_options
 from lightning_hrnn.cli.run_report import write_run_report
 
@@ -32,7 +35,14 @@ class CommandCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments that our command passes on, without Lightning's warning that it does."""
         assert isinstance(args, list)
+        self.arguments = args
         self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """Make the folder that `--out` names, then everything else."""
+        if self.out is not None:
+            ready_folder(self.out)
+        super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Let the trainer log to `--out` too."""
@@ -50,6 +60,16 @@ class CommandCLI(LightningCLI):
         """The folder for the report, if one is wanted."""
         return self._get(self.config, "out")
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; where Lightning ends the program after Ctrl-C, say how to go on instead."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            saved = last_checkpoint(self.trainer) if subcommand == "fit" else None
+            raise KeyboardInterrupt(resuming(self.parser.prog, self.arguments, saved) if saved else "") from None
+
     def after_fit(self) -> None:
         """Write the report."""
         self._write_report()
@@ -66,6 +86,30 @@ class CommandCLI(LightningCLI):
         if self.out is not None and self.trainer.is_global_zero:
             command = f"{self.parser.prog} {self.subcommand}"
             write_run_report(Path(self.out), command, self.trainer)
+
+
+def last_checkpoint(trainer: Trainer) -> str | None:
+    """Return the newest checkpoint that the trainer wrote, if it wrote any; relative to the working directory."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and (path := callback.last_model_path or callback.best_model_path):
+            here = Path.cwd()
+            return str(Path(path).relative_to(here) if Path(path).is_relative_to(here) else path)
+    return None
+
+
+def resuming(prog: str, arguments: Sequence[str], checkpoint: str) -> str:
+    """Say how to go on from a checkpoint.
+
+    Example:
+        >>> resuming("lightning-hrnn train", ["fit", "--ckpt_path", "old.ckpt", "--out", "x"], "last.ckpt")
+        'go on with `lightning-hrnn train fit --out x --ckpt_path last.ckpt`'
+    """
+    kept = [
+        argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if "--ckpt_path" not in (before, argument) and not argument.startswith("--ckpt_path=")
+    ]
+    return f"go on with `{shlex.join([*prog.split(), *kept, '--ckpt_path', checkpoint])}`"
 
 
 def run_lightning(
