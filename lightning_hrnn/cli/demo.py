@@ -103,7 +103,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--steps", type=PositiveInt | None, default=None, help="Optimizer steps, instead of --epochs.")
     add("--seed", type=NonNegativeInt, default=0, help="Seed of the first weights and of the batches.")
     add("--weights", type=str, default=DEFAULT_WEIGHTS, help="Of the learned optimizer: a name or a .safetensors file.")
-    add("--threads", type=PositiveInt, default=1, help="Processor threads; a net this small gains little from more.")
+    add("--threads", type=PositiveInt, default=1, help="Processor threads; more lose much on a busy machine.")
     add("--out", type=Path, default=Path("hrnn-demo"), help="Folder for report.json, report.md and curves.png.")
     return parser.parse_args(list(arguments))
 
