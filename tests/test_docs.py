@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lightning_hrnn import cli
-from lightning_hrnn.tasks import FAMILIES
+from lightning_hrnn.tasks import CORPORA, FAMILIES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -47,12 +47,11 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=name)
 
 # Lightning's advice on workers: the examples load their data in the main process on purpose.
 @pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
-@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined:UserWarning")
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    with patch.dict(FAMILIES):  # a page may register a family of its own
+    with patch.dict(FAMILIES), patch.dict(CORPORA):  # a page may register families and corpora of its own
         for line, body in blocks(page, "python"):
             code = compile("\n" * (line - 1) + body, name(page), "exec")
             exec(code, namespace)
