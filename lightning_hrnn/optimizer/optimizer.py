@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 
 from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel, RuleState
-from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, choose_kernel
+from lightning_hrnn.optimizer.kernels import FromAbove, StepKernel, Sums, TensorWork, choose_kernel
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, load_pretrained
 
 GROUP_SIZE = 4_194_304  # parameters measured before they are applied: bounds what lies between the two passes
@@ -91,6 +91,7 @@ class HRNN(Optimizer):
         self._first_rate = float(rule.card.get("initial_rate", 1e-3))
         self._kernel_name, self._state_dtype = kernel, state_dtype
         choose_kernel(kernel, rule, "cpu")  # an unknown name is an error now, not at the first step
+        self._kernels: dict[str, StepKernel] = {}
         self._true_weights: dict[Tensor, Tensor] = {}
         self._skipped = 0
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "initial_rate": initial_rate})
@@ -165,6 +166,13 @@ class HRNN(Optimizer):
         if device not in self._rules:
             self._rules[device] = deepcopy(self._rules[torch.device("cpu")]).to(device)
         return self._rules[device]
+
+    def _kernel_on(self, device_type: str) -> StepKernel:
+        """Return the kernel for a kind of device, looked for once: the search asks the file system for a compiler."""
+        if device_type not in self._kernels:
+            rule = self._rules[torch.device("cpu")]
+            self._kernels[device_type] = choose_kernel(self._kernel_name, rule, device_type)
+        return self._kernels[device_type]
 
     # ------------------------------------------------------------------ the step
 
@@ -241,7 +249,7 @@ class HRNN(Optimizer):
                 "parameters of each device an optimizer of their own."
             )
         rule = self._rule_on(params[0].device)
-        kernel = choose_kernel(self._kernel_name, rule, params[0].device.type)
+        kernel = self._kernel_on(params[0].device.type)
         state, layout = self._upper_state(params, rule), _tensor_layout(params)
         above = FromAbove(
             bias=rule.param_bias(state, layout),
@@ -418,10 +426,11 @@ class HRNN(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return everything, unlike torch's own, so that copies and pickles work.
 
-        Except hooks, and the `step` that torch's schedulers put on the instance: it would step the original.
+        Except hooks; kernels, which belong to a process; and the `step` that torch's schedulers put on the instance,
+        which would step the original.
         """
         left_out = {key for key in self.__dict__ if key.endswith("_hooks")} | {"step"}
-        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+        return {key: value for key, value in self.__dict__.items() if key not in left_out} | {"_kernels": {}}
 
 
 def _frozen(rule: HierarchicalRNN) -> HierarchicalRNN:
