@@ -10,7 +10,7 @@ import math
 import random
 from collections import defaultdict, deque
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,6 +24,7 @@ from lightning_hrnn.meta.estimators import PES, TruncatedBackprop, Window
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
+from lightning_hrnn.meta.unroll import Point
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 from lightning_hrnn.optimizer.kernels import choose_engine
@@ -48,6 +49,8 @@ class MetaLearner(LightningModule):
         rates: range of first learned rates that tasks start from.
         initial_rate: first learned rate in validation, and of the exported weights.
         loss: the meta-loss.
+        scored_point: where it is taken: at the parameters themselves (`"last"`), or at their trailing average, which
+            does not pay the rule for settling too early.
         estimator: of the meta-gradient: `TruncatedBackprop` (the default) or `PES`.
         learning_rate: of the meta-optimizer, Adam.
         warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
@@ -72,6 +75,7 @@ class MetaLearner(LightningModule):
         rates: tuple[float, float] = (1e-5, 1e-2),
         initial_rate: float = 1e-3,
         loss: LogRatio | None = None,
+        scored_point: Point = "average",
         estimator: TruncatedBackprop | PES | None = None,
         learning_rate: float = 1e-3,
         warmup_steps: int = 50,
@@ -93,6 +97,9 @@ class MetaLearner(LightningModule):
         self.window, self.scored_steps = window, scored_steps
         self.estimator = estimator or TruncatedBackprop()
         self.meta_loss = loss or LogRatio()
+        if scored_point not in get_args(Point):
+            raise ValueError(f"scored_point must be one of {list(get_args(Point))}, not {scored_point!r}.")
+        self.scored_point = scored_point
         self.pool = TaskPool(places, lives or Lives(), rates)
         self.initial_rate, self.threads = initial_rate, threads
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
@@ -114,7 +121,14 @@ class MetaLearner(LightningModule):
         self._restore_pool(batch)
         self.pool.refill(batch, self.rule, self.global_step, self.device)
         names = [place.tasks.family.name for place in self.pool]
-        window = Window(self.window, self._draw_scored(), self.meta_loss, self.engine, self._window_number(batch))
+        window = Window(
+            self.window,
+            self._draw_scored(),
+            self.meta_loss,
+            self.engine,
+            self.scored_point,
+            self._window_number(batch),
+        )
         estimate = self.estimator(self.rule, self.pool, window)
         self._log_window(names, estimate.scores, few_families=batch.families <= FAMILIES_SHOWN)
         return estimate.surrogate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from lightning_hrnn.evaluation.nets import VALIDATION_NETS
 from lightning_hrnn.meta.population import Population, TaskBatch
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
+from lightning_hrnn.optimizer.schedule import cooldown
 
 INSTANCES = 2
 SEED = 20170717
@@ -73,11 +74,12 @@ class ValidationRun(NamedTuple):
         engine: ParamLevelEngine | None = None,
         device: torch.device | str = "cpu",
     ) -> Outcome:
-        """Train the network with the rule and compare."""
+        """Train the network with the rule, cooling down over the last half, and compare."""
         population = Population([TaskBatch.draw(VALIDATION_NETS[self.name](), INSTANCES, SEED, device)])
         initial = population.losses(population.initial_params())
         start = begin(rule, population, math.log(initial_rate))
-        losses = unroll(rule, population, start, self.steps, self.scored(), engine).losses
+        schedule = partial(cooldown, steps=self.steps)
+        losses = unroll(rule, population, start, self.steps, self.scored(), engine, schedule=schedule).losses
         baseline = _tuned_adam(self.name, self.steps, str(device))
         worst, least = initial * 10, initial * LOSS_FLOOR  # a loss that is not finite counts as the worst
         safe = torch.where(losses.isfinite(), losses, worst).minimum(worst)

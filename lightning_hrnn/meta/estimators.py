@@ -20,8 +20,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.population import Population, Progress, join
 from lightning_hrnn.meta.truncation import Place, TaskPool, started
-from lightning_hrnn.meta.unroll import unroll
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine, RuleState
+from lightning_hrnn.meta.unroll import Point, unroll
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Window:
         scored: after which of them the meta-loss is taken.
         loss: the meta-loss.
         engine: a fused equivalent of the rule's param level.
+        point: where losses are taken, see `unroll`.
         index: number of the meta-step: evolution strategies draw their perturbations by it.
     """
 
@@ -40,6 +41,7 @@ class Window:
     scored: Collection[int]
     loss: LogRatio
     engine: ParamLevelEngine | None = None
+    point: Point = "last"
     index: int = 0
 
 
@@ -79,7 +81,14 @@ class TruncatedBackprop:
         """Unroll all tasks at once."""
         population = pool.population()
         result = unroll(
-            rule, population, pool.start(rule), window.steps, window.scored, window.engine, self.second_order
+            rule,
+            population,
+            pool.start(rule),
+            window.steps,
+            window.scored,
+            window.engine,
+            self.second_order,
+            window.point,
         )
         scores = window.loss(result.losses, pool.initial_losses())
         pool.advance(population, result.progress, window.steps)
@@ -168,7 +177,9 @@ class PES:
                 place.tasks.generator.set_state(state)
             progress = [place.progress if sign > 0 else self._twins[place.seed].progress for place in group]
             start = join([started(part, place, probe) for part, place in zip(progress, group, strict=True)])
-            result = unroll(probe, population, start, window.steps, window.scored, window.engine)
+            result = unroll(
+                probe, population, start, window.steps, window.scored, window.engine, point=window.point
+            )
             outcomes.append(population.by_batch(window.loss(result.losses, initial)))
             for place, part in zip(group, population.split(result.progress), strict=True):
                 if sign > 0:
@@ -186,9 +197,7 @@ class PES:
                 {
                     "seed": seed,
                     "noise": twin.noise.clone(),
-                    "theta": twin.progress.theta.clone(),
-                    "lookahead": twin.progress.lookahead,
-                    "state": [value.clone() for value in twin.progress.state],
+                    "progress": twin.progress.state_dict(),
                 }
                 for seed, twin in self._twins.items()
             ]
@@ -197,7 +206,7 @@ class PES:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         self._twins = {
-            twin["seed"]: _Twin(Progress(twin["theta"], RuleState(*twin["state"]), twin["lookahead"]), twin["noise"])
+            twin["seed"]: _Twin(Progress.from_state_dict(twin["progress"]), twin["noise"])
             for twin in state.get("twins", [])
         }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,13 +58,34 @@ class Progress(NamedTuple):
     """Hold how far the inner training of some tasks has come."""
 
     theta: Tensor  # [P]
+    average: Tensor  # [P] of theta over the last steps, see `meta.unroll.trailing`
     state: RuleState
-    lookahead: Tensor | None  # [P] with attention: the next gradient is taken at theta - lookahead
+    lookahead: Tensor | None = None  # [P] with attention: the next gradient is taken at theta - lookahead
 
     def detach(self) -> Progress:
         """Cut it from the graph that made it."""
         lookahead = None if self.lookahead is None else self.lookahead.detach()
-        return Progress(self.theta.detach(), self.state.detach(), lookahead)
+        return Progress(self.theta.detach(), self.average.detach(), self.state.detach(), lookahead)
+
+    def to(self, device: torch.device | str) -> Progress:
+        """Return the same on a device."""
+        lookahead = None if self.lookahead is None else self.lookahead.to(device)
+        state = RuleState(*(value.to(device) for value in self.state))
+        return Progress(self.theta.to(device), self.average.to(device), state, lookahead)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values and tensors of their own."""
+        return {
+            "theta": self.theta.detach().clone(),
+            "average": self.average.detach().clone(),
+            "state": [value.detach().clone() for value in self.state],
+            "lookahead": None if self.lookahead is None else self.lookahead.detach().clone(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, stored: dict[str, Any]) -> Progress:
+        """Undo `state_dict`."""
+        return cls(stored["theta"], stored["average"], RuleState(*stored["state"]), stored["lookahead"])
 
 
 class Population:
@@ -140,10 +161,10 @@ class Population:
         along = (params, params, params, rates, self._tensors, self._models, self._tensors)
         states = zip(*(value.split(n, -1) for value, n in zip(progress.state, along, strict=True)), strict=True)
         lookaheads = [None] * len(params) if progress.lookahead is None else progress.lookahead.split(params)
-        thetas = progress.theta.split(params)
+        points = zip(progress.theta.split(params), progress.average.split(params), strict=True)
         return [
-            Progress(theta, RuleState(*state), lookahead)
-            for theta, state, lookahead in zip(thetas, states, lookaheads, strict=True)
+            Progress(theta, average, RuleState(*state), lookahead)
+            for (theta, average), state, lookahead in zip(points, states, lookaheads, strict=True)
         ]
 
     def by_batch(self, values: Tensor) -> list[Tensor]:
@@ -156,6 +177,7 @@ def join(parts: Sequence[Progress]) -> Progress:
     lookaheads = [part.lookahead for part in parts if part.lookahead is not None]
     return Progress(
         theta=torch.cat([part.theta for part in parts]),
+        average=torch.cat([part.average for part in parts]),
         state=RuleState(*(torch.cat(values, -1) for values in zip(*(part.state for part in parts), strict=True))),
         lookahead=torch.cat(lookaheads) if lookaheads else None,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_hrnn.meta.population import Population, Progress, TaskBatch, join
 from lightning_hrnn.meta.unroll import begin
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleState
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.tasks.base import TaskFamily
 from lightning_hrnn.tasks.corpus import Corpus
 
@@ -190,14 +190,11 @@ def _is_finite(place: Place) -> bool:
 
 
 def _stored(place: Place) -> dict[str, Any]:
-    progress = place.progress.detach()
     return {
         "seed": place.seed,
         "age": place.age,
         "life": place.life,
-        "theta": progress.theta.clone(),
-        "lookahead": None if progress.lookahead is None else progress.lookahead.clone(),
-        "state": [value.clone() for value in progress.state],
+        "progress": place.progress.state_dict(),
         "initial_loss": place.initial_loss,
         "generator": place.tasks.generator.get_state(),
     }
@@ -206,12 +203,7 @@ def _stored(place: Place) -> dict[str, Any]:
 def _restored(stored: dict[str, Any], stream: TaskStream, device: torch.device | str) -> Place:
     tasks = stream.draw(stored["seed"], device)
     tasks.generator.set_state(stored["generator"].cpu())
-    lookahead = stored["lookahead"]
-    progress = Progress(
-        stored["theta"].to(device),
-        RuleState(*(value.to(device) for value in stored["state"])),
-        None if lookahead is None else lookahead.to(device),
-    )
+    progress = Progress.from_state_dict(stored["progress"]).to(device)
     return Place(
         stored["seed"], tasks, progress, stored["initial_loss"].to(device), age=stored["age"], life=stored["life"]
     )

@@ -5,8 +5,8 @@ Legend: `P` parameters, `T` tensors, `M` models, `N` scored steps.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,16 @@ from torch import Tensor
 from lightning_hrnn.meta.population import Population, Progress
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 
+TAIL = 8.0  # the trailing average spans about a ninth of the steps taken
+
+Point = Literal["last", "average"]
+Schedule = Callable[[int], float]  # step of the unroll, 0 the first -> multiplier of the learned rate
+
 
 class Unrolled(NamedTuple):
     """Hold the outcome of an unroll."""
 
-    losses: Tensor  # [N, M] full losses at the true parameters after the scored steps
+    losses: Tensor  # [N, M] full losses after the scored steps
     progress: Progress  # after the last step
 
 
@@ -32,7 +37,29 @@ def begin(rule: HierarchicalRNN, population: Population, log_rate: Tensor | floa
     """
     theta = population.initial_params()
     lookahead = torch.zeros_like(theta) if "attention" in rule.config.readouts else None
-    return Progress(theta, rule.init(population.layout, log_rate), lookahead)
+    return Progress(theta, theta, rule.init(population.layout, log_rate), lookahead)
+
+
+def constant(step: int) -> float:
+    """Leave the learned rate alone."""
+    return 1.0
+
+
+def trailing(average: Tensor, theta: Tensor, age: Tensor) -> Tensor:
+    """Move an average of the parameters on by a step: recent ones count most, over a tail that grows with age.
+
+    Polynomial-decay averaging, `a <- a + (TAIL + 1) / (TAIL + t) (theta - a)`. It shows where training has got to
+    with the noise of the last steps taken out, as lowering the rate to zero would.
+
+    Args:
+        average: so far. [P]
+        theta: parameters after the step. [P]
+        age: steps taken, this one included, of each parameter. [P]
+
+    Reference:
+        Shamir and Zhang, Stochastic Gradient Descent for Non-smooth Optimization, ICML 2013.
+    """
+    return torch.lerp(average, theta, ((TAIL + 1) / (TAIL + age)).clamp(max=1.0))
 
 
 def unroll(
@@ -43,6 +70,8 @@ def unroll(
     scored: Collection[int],
     engine: ParamLevelEngine | None = None,
     second_order: bool = False,
+    point: Point = "last",
+    schedule: Schedule = constant,
 ) -> Unrolled:
     """Take inner steps, differentiably with respect to the meta-parameters.
 
@@ -54,15 +83,21 @@ def unroll(
         scored: after which of the steps (0 is the first) to compute full losses.
         engine: a fused equivalent of the rule's param level.
         second_order: differentiate through the tasks' gradients too, instead of taking them as constants.
+        point: where losses are taken, at the parameters themselves or at their trailing average.
+        schedule: multiplier of the learned rate.
     """
-    theta, state, lookahead = start
+    layout = population.layout
+    theta, average, state, lookahead = start
     losses = []
     for step in range(steps):
-        point = theta if lookahead is None else theta - lookahead
-        grad = population.gradient(point, second_order)
-        output = rule(grad, population.param_rms(theta), state, population.layout, engine)
-        theta, state, lookahead = theta - output.update, output.state, output.lookahead
+        attended = theta if lookahead is None else theta - lookahead
+        grad = population.gradient(attended, second_order)
+        output = rule(grad, population.param_rms(theta), state, layout, engine)
+        multiplier = schedule(step)
+        theta, state = theta - multiplier * output.update, output.state
+        lookahead = None if output.lookahead is None else multiplier * output.lookahead
+        average = trailing(average, theta, layout.to_params(state.age))
         if step in scored:
-            losses.append(population.losses(theta))
-    scores = torch.stack(losses) if losses else theta.new_zeros(0, len(population.layout.tensors_in))
-    return Unrolled(scores, Progress(theta, state, lookahead))
+            losses.append(population.losses(theta if point == "last" else average))
+    scores = torch.stack(losses) if losses else theta.new_zeros(0, len(layout.tensors_in))
+    return Unrolled(scores, Progress(theta, average, state, lookahead))
