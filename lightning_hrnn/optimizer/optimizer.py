@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hrnn.optimizer.adapt import adapt_state
 from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel, RuleState
 from lightning_hrnn.optimizer.kernels import FromAbove, StepKernel, Sums, TensorWork, choose_kernel
@@ -40,6 +41,7 @@ from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, lo
 
 GROUP_SIZE = 4_194_304  # parameters measured before they are applied: bounds what lies between the two passes
 STATE_DTYPES = (torch.float32, torch.bfloat16)
+OTHER_WEIGHTS = ("refuse", "adapt")
 STATE_KEYS = ("hidden", "average", "square", "log_rate", "tensor_hidden", "global_hidden", "age")
 
 
@@ -57,6 +59,8 @@ class HRNN(Optimizer):
             own if `None`.
         kernel: how the step is computed, `"auto"` or a name of `available_kernels()`.
         state_dtype: of hidden states and averages, `torch.float32` or `torch.bfloat16`.
+        other_weights: what becomes of a saved state made with other weights: `"refuse"` is an error, `"adapt"` keeps
+            averages and learned rates, starts the hidden states anew, and warns.
 
     Raises:
         ValueError: a parameter is complex, an argument is out of range, or the weights are unknown.
@@ -81,7 +85,10 @@ class HRNN(Optimizer):
         initial_rate: float | None = None,
         kernel: str = "auto",
         state_dtype: torch.dtype = torch.float32,
+        other_weights: str = "refuse",
     ) -> None:
+        if other_weights not in OTHER_WEIGHTS:
+            raise ValueError(f"other_weights must be one of {list(OTHER_WEIGHTS)}, not {other_weights!r}.")
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype must be one of {list(STATE_DTYPES)}, not {state_dtype}.")
         rule = weights if isinstance(weights, HierarchicalRNN) else load_pretrained(weights)
@@ -90,6 +97,7 @@ class HRNN(Optimizer):
         self._fingerprint = fingerprint(rule)
         self._first_rate = float(rule.card.get("initial_rate", 1e-3))
         self._kernel_name, self._state_dtype = kernel, state_dtype
+        self._other_weights = other_weights
         choose_kernel(kernel, rule, "cpu")  # an unknown name is an error now, not at the first step
         self._kernels: dict[str, StepKernel] = {}
         self._true_weights: dict[Tensor, Tensor] = {}
@@ -392,28 +400,60 @@ class HRNN(Optimizer):
         Raises:
             ValueError: the state is another optimizer's, or belongs to other weights, or does not fit.
         """
-        note = state_dict.get("hrnn", {})
+        params = [param for group in self.param_groups for param in group["params"]]
+        fresh = {param: self.state[param] for param in params}
+        saved: dict[str, Any] = {}
+
+        def check(_: Optimizer, hooked: dict[str, Any]) -> None:
+            saved.update(self._checked(hooked))
+            self.end_attention()
+
+        def restore(_: Optimizer) -> None:
+            self._restore(saved, fresh)
+
+        # The last of the hooks before, and the first of those after: both sides see what the user's hooks make of it.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state that fits this optimizer, or refuse it."""
+        note, notice = state_dict.get("hrnn", {}), ""
         _check_state(state_dict)
         theirs = str(note.get("sha256"))
         if note and theirs != self._fingerprint:
-            raise ValueError(
+            differ = (
                 f"This state was made with the weights {note.get('weights')!r} ({theirs[:12]}), and the optimizer "
-                f"has {self._weights_name!r} ({self._fingerprint[:12]}). Build it with the same weights to resume."
+                f"has {self._weights_name!r} ({self._fingerprint[:12]})."
             )
+            if self._other_weights == "refuse":
+                raise ValueError(
+                    f"{differ} Build it with the same weights to resume, or with other_weights='adapt' to keep the "
+                    "averages and the learned rates and start the hidden states anew."
+                )
+            state_dict = adapt_state(state_dict, self.state_dict())
+            notice = f"{differ} Averages, learned rates and ages are kept; the hidden states start anew."
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved_ids, params, strict=False):
             self._check_fit(param, state_dict["state"].get(index, {}))
-        self.end_attention()
-        fresh = {param: self.state[param] for param in params}
-        super().load_state_dict(state_dict)
-        for index, param in zip(saved_ids, params, strict=True):
-            saved = state_dict["state"].get(index)
-            like = fresh[param]
+        if notice:
+            warnings.warn(notice, stacklevel=4)
+        return state_dict
+
+    def _restore(self, saved: dict[str, Any], fresh: dict[Tensor, dict[str, Any]]) -> None:
+        """Put the saved values in the place of what torch made of them, which has the parameters' precision."""
+        saved_ids = [index for group in saved["param_groups"] for index in group["params"]]
+        for index, (param, like) in zip(saved_ids, fresh.items(), strict=True):
+            values = saved["state"].get(index)
             self.state[param] = (
-                like if saved is None else {key: _converted(value, like.get(key)) for key, value in saved.items()}
+                like if values is None else {key: _converted(value, like.get(key)) for key, value in values.items()}
             )
-        self._skipped = int(note.get("skipped_steps", 0))
+        self._skipped = int(saved.get("hrnn", {}).get("skipped_steps", 0))
 
     def _check_fit(self, param: Tensor, saved: dict[str, Any]) -> None:
         for key, value in self.state[param].items():

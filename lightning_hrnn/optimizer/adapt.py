@@ -1,0 +1,31 @@
+"""A saved state, made with other weights, in the form that an optimizer with its own weights can go on from.
+
+What the gradients left behind means the same to every rule: their averages, the learned rates, the ages. A hidden state
+is the private language of the weights that wrote it, so it starts anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CARRIED = ("average", "square", "log_rate", "age")
+
+
+def adapt_state(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return `saved` with the hidden states, and the note of the weights, of `own`.
+
+    Args:
+        saved: the `state_dict` of an `HRNN` with other weights.
+        own: the `state_dict` of a new `HRNN` over the same parameters.
+
+    Raises:
+        ValueError: the state of a tensor has no counterpart, so it is of another model.
+    """
+    if strangers := sorted(map(str, saved["state"].keys() - own["state"].keys())):
+        raise ValueError(f"The saved state has parameters that this optimizer has not: {strangers}. The model differs.")
+    state = {
+        index: {**own["state"][index], **{key: values[key] for key in CARRIED if key in values}}
+        for index, values in saved["state"].items()
+    }
+    skipped = saved.get("hrnn", {}).get("skipped_steps", 0)
+    return {**saved, "state": state, "hrnn": {**own["hrnn"], "skipped_steps": skipped}}
