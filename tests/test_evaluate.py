@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_hrnn.cli import main
 from lightning_hrnn.evaluation.baselines import BASELINES, train, warm_up_cosine
 from lightning_hrnn.evaluation.nets import VALIDATION_NETS
-from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, Learned, Outcome, Trial
+from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, OURS, RATES, Learned, Outcome, Trial
 from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.statistics import diverged, interquartile_mean, interval, mean_log, reached, speedup
 from lightning_hrnn.evaluation.trials import Cache, run_trials
@@ -231,6 +231,21 @@ def test_the_best_rate_of_the_grid_is_kept(recorder):
     assert max(outcome.final) < min(slow.final)
 
 
+def test_the_learned_rate_cools_down_over_the_last_half_unless_the_length_is_unknown():
+    setting = Setting("nets", steps=20, seeds=2)
+    learned = Learned(load_pretrained())
+    cooled, anytime = (Trial(setting, "wide-relu-mlp", name).run(learned) for name in (OURS, ANYTIME))
+    assert cooled.steps == anytime.steps
+    halfway = cooled.steps.index(max(step for step in cooled.steps if step <= 10)) + 1
+    assert cooled.curve[:halfway] == anytime.curve[:halfway]
+    assert all(ours != other for ours, other in zip(cooled.final, anytime.final, strict=True))
+    moved = [
+        [abs(last - before) for last, before in zip(outcome.curve[-1], outcome.curve[-2], strict=True)]
+        for outcome in (cooled, anytime)
+    ]
+    assert max(moved[0]) < max(moved[1])  # at the last step the rate is next to nothing
+
+
 def test_tuning_in_parts_gives_each_rate_its_due(recorder, monkeypatch):
     setting = Setting("nets", steps=25, seeds=2, tuning_seeds=2)
     whole = Trial(setting, "recorder", "adam").run()
@@ -273,12 +288,14 @@ def outcome(final, seeds=5, start=4.0, lr=None):
 def record(ours, adam=1.0, task="net"):
     others = {"sgd": 3.0, "rmsprop": 2.0, "adam": adam, "adamw": 1.5}
     outcomes = {name: outcome(final, lr=RATES[3]) for name, final in others.items()}
-    return judge(Setting("nets", 100), task, {OURS: outcome(ours), DEFAULT_ADAM: outcome(2.5, lr=1e-3), **outcomes})
+    learned = {OURS: outcome(ours), ANYTIME: outcome(1.4 * ours)}
+    return judge(Setting("nets", 100), task, {**learned, DEFAULT_ADAM: outcome(2.5, lr=1e-3), **outcomes})
 
 
 def test_a_record_says_who_was_beaten():
     found = record(1.8)
     assert found["beats"] == {"sgd": True, "rmsprop": True, "adam": False, "adamw": False}
+    assert found["hrnn_anytime"]["beats"] == {"sgd": True, "rmsprop": False, "adam": False, "adamw": False}
     assert (found["within_5_percent_of_adam"], found["beats_default_adam"]) == (False, True)
     assert record(1.04)["within_5_percent_of_adam"]
     assert found["loss_ratio_to_adam"] == pytest.approx(1.8)
@@ -297,6 +314,9 @@ def test_records_add_up():
     assert (summary["tasks"], summary["runs"], summary["diverged"]) == (4, 20, 5)
     rates = [summary[f"win_rate_{name}"] for name in ("adam", "adamw", "rmsprop", "sgd", "best", "default_adam")]
     assert rates == [0.25, 0.5, 0.75, 0.75, 0.25, 0.75]
+    without = summary["anytime"]
+    assert [without[f"win_rate_{name}"] for name in ("adam", "adamw", "rmsprop", "sgd")] == [0.25, 0.25, 0.5, 0.75]
+    assert without["diverged"] == 5
     low, high = summary["speedup_iqm_interval"]
     assert low <= summary["speedup_iqm"] <= high
     assert summarise([])["win_rate_adam"] is None

@@ -21,7 +21,7 @@ from lightning_hrnn.cli.parser import PROGRAM, CommandParser
 from lightning_hrnn.evaluation.baselines import BASELINES
 from lightning_hrnn.evaluation.evaluation_report import LOSS_COLUMNS, EvaluationReport, losses_row
 from lightning_hrnn.evaluation.figures import plot_curves, plot_rates, plot_win_rates
-from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, Outcome, Trial, first_rate
+from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, OURS, RATES, Outcome, Trial, first_rate
 from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.verdict import judge
@@ -87,8 +87,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = CommandParser(
         prog=f"{PROGRAM} evaluate",
         description=(
-            "Compare the learned optimizer, untuned, with SGD+momentum, RMSProp, Adam and AdamW with warm-up and\n"
-            "cosine, each tuned for each task over 15 rates on other seeds. Outcomes are kept in OUT/cache: the same\n"
+            "Compare the learned optimizer, untuned, with SGD+momentum, RMSProp, Adam and AdamW, all with warm-up and\n"
+            "cosine and tuned for each task over 15 rates on other seeds. Outcomes are kept in OUT/cache: the same\n"
             "command goes on where it was stopped, and other weights meet the same tuned baselines at once."
         ),
         examples=EXAMPLES,
@@ -120,8 +120,9 @@ def compare(
     setting: Setting, tasks: Sequence[str], weights: str, options: Namespace, console: Console
 ) -> dict[str, dict[str, Outcome]]:
     """Return outcomes by task and optimizer, run behind a progress bar."""
-    names = [OURS, DEFAULT_ADAM, *BASELINES]
-    trials = [Trial(setting, task, name, weights if name == OURS else "") for task in tasks for name in names]
+    baselines = [Trial(setting, task, name) for task in tasks for name in (DEFAULT_ADAM, *BASELINES)]
+    learned = [Trial(setting, task, name, weights) for task in tasks for name in (OURS, ANYTIME)]
+    trials = [*learned, *baselines]
     with _progress(console) as bars:
         bar = bars.add_task(f"{len(trials)} trials", total=len(trials), last="")
 

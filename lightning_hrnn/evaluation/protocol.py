@@ -2,7 +2,8 @@
 
 A `Trial` is one optimizer on one task. A baseline's trial first trains `tuning_seeds` instances at every rate of a
 grid, all side by side, keeps the rate that ends lowest, then trains `seeds` other instances at that rate. The learned
-optimizer trains those same instances, from the same first parameters, on the same batches.
+optimizer trains those same instances, from the same first parameters, on the same batches. All know the length of the
+run: baselines by warm-up and cosine, the learned optimizer by its cooldown; once more it runs without knowing.
 
 Legend: `N` scored steps, `K` seeds, `R` rates, `I` tuning seeds, `T` tensors of a task.
 """
@@ -13,22 +14,25 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_hrnn.evaluation.baselines import BASELINES, Baseline, train
+from lightning_hrnn.evaluation.baselines import BASELINES, Baseline, constant, train
 from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.statistics import mean_log
 from lightning_hrnn.meta.population import Population, Progress, TaskBatch
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
+from lightning_hrnn.optimizer.schedule import cooldown
 from lightning_hrnn.tasks.corpus import get_corpus
 
-VERSION = 1
+VERSION = 2
 """Of the protocol; outcomes of another version are not taken from a cache."""
-OURS, DEFAULT_ADAM, DEFAULT_RATE = "hrnn", "default_adam", 1e-3
+OURS, ANYTIME = "hrnn", "hrnn_anytime"
+DEFAULT_ADAM, DEFAULT_RATE = "default_adam", 1e-3
 RATES = tuple(10 ** (exponent / 2) for exponent in range(-12, 3))
 """The grid: 15 rates from 1e-6 to 10, half a decade apart."""
 FLOATS_AT_ONCE = 2**25  # of parameters and data while tuning
@@ -78,7 +82,8 @@ class Trial:
     Args:
         setting: what is run.
         task: name of a task of the suite.
-        optimizer: `"hrnn"`, `"default_adam"`, or a name of `BASELINES`.
+        optimizer: `"hrnn"`, `"hrnn_anytime"` (without cooldown), `"default_adam"` (at 1e-3 throughout), or a name of
+            `BASELINES`.
         weights: what tells the learned optimizer's weights from others; empty for a baseline.
     """
 
@@ -97,22 +102,27 @@ class Trial:
             del setting["corpus"], setting["draws"]
         return {"version": VERSION, **setting, "task": self.task, "optimizer": self.optimizer, "weights": self.weights}
 
+    @property
+    def is_learned(self) -> bool:
+        """Tell whether the optimizer is the learned one."""
+        return self.optimizer in (OURS, ANYTIME)
+
     def run(self, learned: Learned | None = None, tick: Tick = lambda share: None) -> Outcome:
         """Tune, if it is a baseline, and train.
 
         Args:
-            learned: needed for `"hrnn"` alone.
+            learned: needed where the optimizer is learned.
             tick: called with the share of the work just done; all shares add up to 1.
 
         Raises:
             ValueError: the learned optimizer is not given.
         """
-        if self.optimizer == OURS:
+        if self.is_learned:
             if learned is None:
                 raise ValueError("A trial of the learned optimizer needs the learned optimizer.")
             return self._train_learned(learned, tick)
         if self.optimizer == DEFAULT_ADAM:
-            return self._train(BASELINES["adam"], DEFAULT_RATE, tick)
+            return self._train(BASELINES["adam"]._replace(schedule=constant), DEFAULT_RATE, tick)
         baseline = BASELINES[self.optimizer]
         began = time.perf_counter()
         tuning = self._tune(baseline, lambda share: tick(share / 2))
@@ -173,7 +183,15 @@ class Trial:
         progress = begin(rule, population, math.log(first_rate(rule)))
         began, before, losses, rates = time.perf_counter(), 0, [], []
         for step in setting.scored():
-            part = unroll(rule, population, progress, step - before, {step - before - 1}, learned.engine)
+            part = unroll(
+                rule,
+                population,
+                progress,
+                step - before,
+                {step - before - 1},
+                learned.engine,
+                schedule=partial(self._multiplier, before),
+            )
             progress = part.progress
             losses.append(part.losses[0])
             rates.append(_rates(rule, population, progress))
@@ -181,6 +199,10 @@ class Trial:
             before = step
         outcome = self._outcome(None, initial, torch.stack(losses), time.perf_counter() - began)
         return Outcome(**{**vars(outcome), "rates": tuple(rates)})
+
+    def _multiplier(self, before: int, step: int) -> float:
+        """Return the multiplier of the learned rate, `step` steps after the first `before`."""
+        return 1.0 if self.optimizer == ANYTIME else cooldown(before + step, self.setting.steps)
 
     def _outcome(self, lr: float | None, initial: Tensor, losses: Tensor, seconds: float) -> Outcome:
         final = self.setting.final_loss(losses)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_hrnn.evaluation.protocol import OURS, Learned, Outcome, Trial
+from lightning_hrnn.evaluation.protocol import Learned, Outcome, Trial
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.optimizer.kernels import choose_engine
 from lightning_hrnn.optimizer.pretrained import load_pretrained
@@ -160,7 +160,7 @@ def _run_in_worker(trial: Trial, weights: str) -> Outcome:
 
 
 def _learned(trial: Trial, weights: str) -> Learned | None:
-    if trial.optimizer != OURS:
+    if not trial.is_learned:
         return None
     rule = load_pretrained(weights).requires_grad_(False)
     engine = choose_engine("auto", rule) if trial.setting.device == "cpu" else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.evaluation.baselines import BASELINES
-from lightning_hrnn.evaluation.protocol import DEFAULT_ADAM, OURS, RATES, Outcome
+from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, OURS, RATES, Outcome
 from lightning_hrnn.evaluation.setting import SELECTION, Setting
 from lightning_hrnn.evaluation.statistics import LOSS_FLOOR, diverged, interquartile_mean, interval, mean_log, speedup
 
@@ -28,9 +28,9 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
     Args:
         setting: what was run.
         task: its name.
-        outcomes: of `"hrnn"`, `"default_adam"` and every baseline.
+        outcomes: of `"hrnn"`, `"hrnn_anytime"`, `"default_adam"` and every baseline.
     """
-    ours, adam = outcomes[OURS], outcomes["adam"]
+    ours, anytime, adam = outcomes[OURS], outcomes[ANYTIME], outcomes["adam"]
     level = {name: _level(outcome) for name, outcome in outcomes.items()}
     speedups = [
         speedup(ours.steps, ours_curve, max(ours_final, floor), adam_curve, max(adam_final, floor))
@@ -45,11 +45,10 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
         "steps": setting.steps,
         "used_for_selection": task.startswith(f"{SELECTION}/"),
         "initial": ours.initial,
-        "hrnn": {
-            "final": ours.final,
-            "mean": math.exp(level[OURS]),
-            "diverged": count_diverged(ours),
-            "seconds": ours.seconds,
+        "hrnn": _learned(ours, level[OURS]),
+        "hrnn_anytime": {
+            **_learned(anytime, level[ANYTIME]),
+            "beats": {name: level[ANYTIME] < level[name] for name in BASELINES},
         },
         "baselines": {name: _baseline(outcomes[name], level[name]) for name in BASELINES},
         "default_adam": _baseline(default, level[DEFAULT_ADAM]),
@@ -70,7 +69,7 @@ def summarise(records: Sequence[Record]) -> Record:
         `win_rate_NAME` for each baseline, `win_rate_best` (all tuned baselines beaten), `win_rate_default_adam`,
         `win_rate_pairs_adam` (share of task and seed pairs), `within_5_percent_of_adam`, `speedup_iqm` with its 95 %
         bootstrap interval `speedup_iqm_interval`, `diverged` of `runs`, `tasks`, `seconds` on the wall of the learned
-        optimizer and of the baselines, tuning apart.
+        optimizer and of the baselines, tuning apart; `anytime`, win rates and diverged runs without cooldown.
     """
     speeds = torch.tensor([record["speedups_vs_adam"] for record in records], dtype=torch.float64).log()
     everyone = {f"win_rate_{name}": _share([record["beats"][name] for record in records]) for name in BASELINES}
@@ -82,6 +81,13 @@ def summarise(records: Sequence[Record]) -> Record:
         "win_rate_default_adam": _share([record["beats_default_adam"] for record in records]),
         "win_rate_pairs_adam": _share([pair for record in records for pair in record["beaten_pairs"]["adam"]]),
         "within_5_percent_of_adam": _share([record["within_5_percent_of_adam"] for record in records]),
+        "anytime": {
+            **{
+                f"win_rate_{name}": _share([record["hrnn_anytime"]["beats"][name] for record in records])
+                for name in BASELINES
+            },
+            "diverged": sum(record["hrnn_anytime"]["diverged"] for record in records),
+        },
         "speedup_iqm": float(interquartile_mean(speeds.flatten()).exp()) if records else None,
         "speedup_iqm_interval": [math.exp(edge) for edge in interval(speeds)] if records else None,
         "diverged": sum(record["hrnn"]["diverged"] for record in records),
@@ -97,6 +103,15 @@ def count_diverged(outcome: Outcome) -> int:
     """Count the runs that were ever not finite or ended above where they began."""
     curve, final, initial = (torch.tensor(value) for value in (outcome.curve, outcome.final, outcome.initial))
     return int(diverged(curve, final, initial).sum())
+
+
+def _learned(outcome: Outcome, level: float) -> Record:
+    return {
+        "final": outcome.final,
+        "mean": math.exp(level),
+        "diverged": count_diverged(outcome),
+        "seconds": outcome.seconds,
+    }
 
 
 def _baseline(outcome: Outcome, level: float) -> Record:
