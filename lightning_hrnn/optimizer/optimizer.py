@@ -380,6 +380,11 @@ class HRNN(Optimizer):
         """Name the weights."""
         return self._weights_name
 
+    @property
+    def card(self) -> dict[str, Any]:
+        """Say how the weights came about; empty for a rule that was not loaded."""
+        return self._rules[torch.device("cpu")].card
+
     def log_rates(self) -> list[Tensor]:
         """Return the natural log of the learned rate of each tensor (its mean), in order of parameters. [T]"""
         params = [param for group in self.param_groups for param in group["params"]]
