@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "version": set(),
     "optimizer": {"version"},
     "tasks": {"version"},
-    "vision": {"version"},
+    "tracking": {"version", "optimizer"},
+    "vision": {"version", "tracking"},
     "meta": {"version", "optimizer", "tasks"},
     # The unroll and what it takes; real models to measure on.
     "evaluation": {"version", "optimizer", "tasks", "meta.unroll", "meta.population", "meta.memory", "vision"},
@@ -34,9 +35,9 @@ READS_PATH = f"{PACKAGE}.optimizer.kernels.build"  # torch's extension loader fi
 # Layer -> other projects' packages it may import: plain torch below, the core dependencies, the extra `vision`.
 TORCH = {"torch", "typing_extensions"}
 CORE = TORCH | {"jsonargparse", "lightning", "rich", "safetensors"}
-VISION = CORE | {"matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"}
+VISION = CORE | {"PIL", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"}
 TORCH_ONLY = {"optimizer": TORCH | {"safetensors", "triton"}, "tasks": TORCH, "meta": TORCH}
-MAY_NEED = TORCH_ONLY | {"vision": VISION, "evaluation": VISION}
+MAY_NEED = TORCH_ONLY | {"tracking": CORE | {"matplotlib"}, "vision": VISION, "evaluation": VISION}
 
 
 def imports(source: str, module: str) -> list[tuple[int, str]]:

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from helpers.images import write_idx, write_idx_set
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_hrnn.vision import (
     CIFAR10Data,
+    CIFAR100Data,
     DataNotFoundError,
     DigitsData,
     FashionMNISTData,
@@ -21,8 +23,8 @@ from lightning_hrnn.vision import (
     build_model,
 )
 from lightning_hrnn.vision import models as models_file
+from lightning_hrnn.vision.baselines import rate_factor
 from lightning_hrnn.vision.batches import ImageSet, TensorBatches
-from lightning_hrnn.vision.classifier import rate_factor
 from lightning_hrnn.vision.data import stratified_split
 from lightning_hrnn.vision.idx import read_idx
 from lightning_hrnn.vision.transforms import Scale, ShiftAndFlip
@@ -106,7 +108,7 @@ def test_a_named_folder_is_the_only_one_looked_at(tmp_path, monkeypatch):
         FashionMNISTData("gone").read()
 
 
-@pytest.mark.parametrize("data", [FashionMNISTData, MNISTData, CIFAR10Data])
+@pytest.mark.parametrize("data", [FashionMNISTData, MNISTData, CIFAR10Data, CIFAR100Data])
 def test_missing_data_says_where_it_looked_and_how_to_get_it(tmp_path, monkeypatch, data):
     monkeypatch.setattr(FashionMNISTData, "debian", tmp_path / "debian")
     with pytest.raises(DataNotFoundError, match=r"download=True.*data_dir") as caught:
@@ -127,6 +129,34 @@ def test_images_and_labels_must_belong_together(tmp_path):
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", torch.zeros(5, dtype=torch.uint8))
     with pytest.raises(ValueError, match="4 images but 5 labels"):
         MNISTData(str(tmp_path)).read()
+
+
+@pytest.mark.parametrize(("data", "name"), [(MNISTData, "MNIST"), (CIFAR10Data, "CIFAR10"), (CIFAR100Data, "CIFAR100")])
+def test_download_asks_torchvision_and_says_if_it_cannot(tmp_path, monkeypatch, data, name):
+    asked = []
+
+    class Remote:
+        base_folder = "x"
+
+        def __init__(self, root, download):
+            asked.append((str(root), download))
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr(f"torchvision.datasets.{name}", Remote)
+    data(str(tmp_path)).prepare_data()
+    assert asked == []
+    with pytest.raises(
+        DataNotFoundError, match=f"{name} could not be downloaded: no network. {name} not found"
+    ) as caught:
+        data(str(tmp_path), download=True).prepare_data()
+    assert asked == [(str(tmp_path), True)]
+    assert "--data.data_dir" in str(caught.value)
+
+
+def test_what_is_there_is_not_downloaded(tmp_path, monkeypatch):
+    write_idx_set(tmp_path, train=4, test=4)
+    monkeypatch.setattr("torchvision.datasets.MNIST", None)
+    MNISTData(str(tmp_path), download=True).prepare_data()
 
 
 def test_cifar10_keeps_its_colours(monkeypatch):
@@ -337,8 +367,34 @@ def test_rates_and_decay_reach_the_optimizer():
     assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.5, 0.25, 0.1)
 
 
+def test_a_given_decay_spares_biases_and_norms():
+    module = ImageClassifier("conv_bn", optimizer="sgd", lr=0.1, weight_decay=0.25)
+    decayed, spared = module.configure_optimizers().param_groups
+    assert (decayed["name"], decayed["weight_decay"], spared["name"], spared["weight_decay"]) == (
+        *("decayed", 0.25),
+        *("spared", 0.0),
+    )
+    assert {p.dim() for p in decayed["params"]} == {2, 4}
+    assert {p.dim() for p in spared["params"]} == {1}
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(module.parameters()))
+
+
+def test_inceptions_rmsprop_divides_as_tensorflow_does():
+    """Its mean square starts at one and epsilon lies inside the root: the first step of a gradient g."""
+    options = {"alpha": 0.9, "eps": 1.0, "momentum": 0.0}
+    module = ImageClassifier(optimizer="rmsprop_tf", lr=0.5, optimizer_options=options)
+    optimizer = module.configure_optimizers()
+    weight = module.net[0].weight
+    before = weight.detach().clone()
+    grad = torch.randn_like(weight)
+    weight.grad = grad.clone()
+    optimizer.step()
+    expected = before - 0.5 * grad / (0.9 + 0.1 * grad**2 + 1.0).sqrt()
+    torch.testing.assert_close(weight.detach(), expected)
+
+
 def test_an_unknown_optimizer_is_an_error():
-    with pytest.raises(ValueError, match="unknown optimizer 'lion'; valid are adamw, adam, rmsprop, sgd"):
+    with pytest.raises(ValueError, match="unknown optimizer 'lion'; valid are adamw, adam, rmsprop, rmsprop_tf, sgd"):
         ImageClassifier(optimizer="lion")
 
 
@@ -347,12 +403,17 @@ class Watched(ImageClassifier):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.rates, self.seen = [], []
+        self.rates, self.seen, self.types = [], [], set()
 
     def training_step(self, batch, batch_idx):
         self.rates.append(self.optimizers().param_groups[0]["lr"])
         self.seen.append(batch[1].tolist())
         return super().training_step(batch, batch_idx)
+
+    def forward(self, images):
+        logits = super().forward(images)
+        self.types.add(logits.dtype)
+        return logits
 
 
 def test_the_cosine_ends_with_the_training():
@@ -362,6 +423,19 @@ def test_the_cosine_ends_with_the_training():
     total = 2 * (1257 // 128)
     after = [1 + math.cos(math.pi * step / (total - 3)) for step in range(total - 3)]
     assert module.rates == pytest.approx([2 / 3, 4 / 3, 2.0, *after])
+
+
+def test_steps_of_the_rate_are_counted_in_epochs():
+    module = Watched(optimizer="sgd", lr=1.0, schedule="step", decay_epochs=2, decay_rate=0.5)
+    trainer(max_epochs=5, limit_train_batches=4, accumulate_grad_batches=2, limit_val_batches=0).fit(
+        module, datamodule=DigitsData(batch_size=8)
+    )
+    assert module.rates == [1.0] * 8 + [0.5] * 8 + [0.25] * 4
+
+
+def test_a_cosine_without_an_end_is_an_error():
+    with pytest.raises(ValueError, match=r"needs an end: set --trainer\.max_epochs"):
+        trainer(max_epochs=-1, limit_val_batches=0).fit(ImageClassifier(schedule="cosine"), datamodule=DigitsData())
 
 
 def test_warm_up_goes_with_a_constant_rate_too():
@@ -400,6 +474,74 @@ def test_auxiliary_logits_count_by_their_weight(monkeypatch):
     images, targets = torch.randn(6, 1, 8, 8), torch.arange(6)
     main, auxiliary = (F.cross_entropy(head(images.flatten(1)), targets) for head in module.net.heads)
     assert torch.allclose(module.training_step((images, targets), 0), main + 0.3 * auxiliary)
+
+
+@torch.no_grad()
+def test_auxiliary_logits_of_a_net_that_always_gives_them_are_not_scored(monkeypatch):
+    """As timm's Inception V3 with `aux_logits`, which gives them in evaluation too."""
+    monkeypatch.setitem(models_file.MODELS, "always", lambda in_channels, num_classes: AlwaysTwo())
+    module = ImageClassifier("always").eval()
+    images = torch.randn(3, 1, 8, 8)
+    assert torch.equal(module.predict_step((images, None), 0), torch.softmax(images.flatten(1)[:, :10], dim=1))
+
+
+class AlwaysTwo(nn.Module):
+    def forward(self, images):
+        return images.flatten(1)[:, :10], images.flatten(1)[:, 10:20]
+
+
+def test_channels_last_and_compiled_it_computes_the_same():
+    images, targets = torch.randn(4, 3, 8, 8), torch.arange(4)
+    losses, grads = [], []
+    for options in ({}, {"channels_last": True}, {"compile": "eager"}):
+        torch.manual_seed(0)
+        module = ImageClassifier("conv_bn", in_channels=3, **options)
+        module.configure_model()
+        module.log = lambda *_, **__: None
+        loss = module.training_step((images, targets), 0)
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(module.net[0].weight.grad)
+        assert module.net[0].weight.is_contiguous(memory_format=module.memory_format)
+        assert next(iter(module.state_dict())) == "net.0.weight"  # whatever compiles it
+    for loss, grad in zip(losses[1:], grads[1:], strict=True):
+        torch.testing.assert_close(loss, losses[0])
+        torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_is_the_trainers():
+    module = Watched(channels_last=True)
+    trainer(max_steps=3, limit_val_batches=1, precision="bf16-mixed").fit(module, datamodule=DigitsData())
+    assert module.types == {torch.bfloat16}
+    assert module.net[0].weight.dtype == torch.float32
+
+
+def test_more_classes_than_the_net_has_are_an_error():
+    data = DigitsData()
+    data.num_classes = 11
+    with pytest.raises(ValueError, match=r"The data have 11 classes, the net 10; set --model\.num_classes 11"):
+        trainer(max_steps=1).fit(ImageClassifier(), datamodule=data)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Lightning's, of a second run
+@pytest.mark.parametrize("options", [{}, {"schedule": "cosine"}])  # which asks for the batches before the resume
+def test_a_run_stopped_within_an_epoch_goes_on_with_the_unseen_batches(tmp_path, options):
+    def run(place, checkpoint=None):
+        module = Watched(**options)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0, "logger": False}
+        runner = Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            limit_train_batches=7,
+            callbacks=[ModelCheckpoint(place, filename="a", every_n_train_steps=10)],
+            **quiet,
+        )
+        runner.fit(module, datamodule=DigitsData(batch_size=8), ckpt_path=checkpoint)
+        return module.seen
+
+    whole = run(tmp_path / "whole")
+    assert len(whole) == 14
+    assert run(tmp_path / "rest", tmp_path / "whole" / "a.ckpt") == whole[10:]
 
 
 def test_it_learns_digits_and_scores_the_whole_set():

@@ -27,8 +27,8 @@ from lightning_hrnn.evaluation.plots import Panel, plot_panels
 from lightning_hrnn.evaluation.report import Column, Report
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, load_pretrained
 from lightning_hrnn.vision import DigitsData, FashionMNISTData, ImageClassifier, ImageData
+from lightning_hrnn.vision.baselines import OptimizerName
 from lightning_hrnn.vision.batches import TensorBatches
-from lightning_hrnn.vision.classifier import OptimizerName
 
 OURS = "HRNN"
 BASELINES: dict[str, tuple[OptimizerName, str]] = {

@@ -9,9 +9,9 @@ Legend: `N` images, `B` images in a batch, `C` channels, `H x W` pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -88,7 +88,29 @@ class EpochShuffle(Sampler[int]):
         return iter(torch.randperm(self.length, generator=generator).tolist())
 
 
-class TensorBatches:
+def from_the_start() -> int:
+    """Return the position of a run that was not stopped within an epoch."""
+    return 0
+
+
+class Resumable:
+    """What Lightning asks of batches before it trusts them to go on within an epoch.
+
+    They need no state of their own: where to go on follows from the trainer's progress, which a checkpoint
+    holds. `position` says how many batches of the epoch are done; it is asked when the first batch is.
+    """
+
+    position: Callable[[], int] = staticmethod(from_the_start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many batches of the epoch are done."""
+        return {"batches": self.position()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing: the trainer's progress, restored too, says the same."""
+
+
+class TensorBatches(Resumable):
     """Iterate over `(images, labels)` batches of an `ImageSet`.
 
     With several processes, each global batch of `batch_size * world_size` examples is dealt out in turn, so
@@ -103,6 +125,7 @@ class TensorBatches:
             processes cannot share it evenly, the last example is repeated, at most `world_size - 1` times.
         rank: Which share of each global batch to yield.
         world_size: Number of processes.
+        position: Says how many batches of the epoch to leave out, as those of a run that is resumed.
 
     Example:
         >>> data = ImageSet(torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10))
@@ -120,6 +143,7 @@ class TensorBatches:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        position: Callable[[], int] = from_the_start,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -129,6 +153,7 @@ class TensorBatches:
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
+        self.position = position
         # Lightning asks for both as of a `DataLoader`: it calls `set_epoch` and looks for shuffling.
         self.batch_sampler = None
         self.sampler: Sampler[int] = SequentialSampler(range(len(data)))
@@ -142,7 +167,7 @@ class TensorBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.tensor(list(self.sampler), dtype=torch.int64)  # [N]
         step = self.batch_size * self.world_size
-        for start in range(0, len(self) * step, step):
+        for start in range(self.position() * step, len(self) * step, step):
             index = order[start : start + step]
             ragged = -len(index) % self.world_size
             if ragged:

@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_hrnn.vision.baselines import OPTIMIZERS, OptimizerName, build_baseline, rate_factor
 from lightning_hrnn.vision.models import build_model
+from lightning_hrnn.vision.sharding import shard_blocks
 
 Batch = tuple[Tensor, Tensor]
-OptimizerName = Literal["adamw", "adam", "rmsprop", "sgd"]
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "adam": Adam, "rmsprop": RMSprop, "sgd": SGD}
 
 
 class ImageClassifier(LightningModule):
@@ -31,6 +30,9 @@ class ImageClassifier(LightningModule):
     It logs `train/loss`, and `val/loss`, `val/acc`, `val/acc_top5` (the same under `test/`); accuracies are
     fractions, those at `test/` and `val/` cover the whole set.
 
+    It trains on one device, under DDP, and under `ModelParallelStrategy`, which shards its parameters (FSDP2).
+    Precision is the trainer's.
+
     Args:
         model: Name of the net: `conv`, `conv_bn`, or any name of timm or torchvision, if need be as
             `timm/NAME` or `torchvision/NAME`.
@@ -40,16 +42,24 @@ class ImageClassifier(LightningModule):
         label_smoothing: Share of the target probability that is spread evenly over all classes. Only
             training uses it.
         auxiliary_weight: Weight of the loss of auxiliary logits, where the net has any (torchvision's
-            Inception V3, GoogLeNet).
-        optimizer: The baseline optimizer.
-        lr: Its learning rate; None means torch's default (AdamW, Adam and SGD 0.001, RMSprop 0.01).
+            Inception V3 and GoogLeNet; timm's Inception V3 with `model_options={"aux_logits": True}`).
+        channels_last: Keep images and weights in memory with the channels last, as GPUs with bf16 like it.
+        compile: Backend of `torch.compile` for the net, such as `inductor`; None runs it as it is.
+        optimizer: The baseline optimizer; `rmsprop_tf` is TensorFlow's RMSProp.
+        lr: Its learning rate; None means its default (AdamW, Adam and SGD 0.001, RMSprop 0.01).
         momentum: Momentum of `sgd` (other optimizers do not read it).
-        weight_decay: Its weight decay; None means torch's default (AdamW 0.01, the others 0).
-        schedule: `constant`, or `cosine`: from the end of the warm-up to zero at the end of training.
-        warmup_steps: Steps over which the rate grows linearly from zero. Both schedules have it.
+        weight_decay: Its weight decay, of the weights of convolutions and linear layers, not of biases and
+            norms; None means torch's default (AdamW 0.01, the others 0) for all parameters.
+        optimizer_options: More arguments for the optimizer, such as `{"alpha": 0.9}` for `rmsprop`.
+        schedule: `constant`; `cosine`, from the end of the warm-up to zero at the end of training; or `step`,
+            which multiplies the rate by `decay_rate` after every `decay_epochs` epochs.
+        warmup_steps: Steps over which the rate grows linearly from zero. All schedules have it.
+        decay_epochs: Epochs between the decays of `step`.
+        decay_rate: What each decay of `step` multiplies by.
 
     Raises:
-        ValueError: If the model's name is unknown.
+        ValueError: If the model or the optimizer is unknown, the data have more classes than the net, or a
+            cosine has no end.
 
     Example::
 
@@ -65,18 +75,25 @@ class ImageClassifier(LightningModule):
         model_options: dict[str, Any] | None = None,
         label_smoothing: float = 0.0,
         auxiliary_weight: float = 0.4,
+        channels_last: bool = False,
+        compile: str | None = None,
         optimizer: OptimizerName = "adamw",
         lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float | None = None,
-        schedule: Literal["constant", "cosine"] = "constant",
+        optimizer_options: dict[str, Any] | None = None,
+        schedule: Literal["constant", "cosine", "step"] = "constant",
         warmup_steps: int = 0,
+        decay_epochs: float = 30.0,
+        decay_rate: float = 0.1,
     ) -> None:
         super().__init__()
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {optimizer!r}; valid are {', '.join(OPTIMIZERS)}.")
         self.save_hyperparameters()
-        self.net = build_model(model, in_channels, num_classes, **(model_options or {}))
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        net = build_model(model, in_channels, num_classes, **(model_options or {}))
+        self.net = net.to(memory_format=self.memory_format)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracies = {"acc": _accuracy(num_classes, top_k=1)}
         if num_classes > 5:
@@ -84,9 +101,28 @@ class ImageClassifier(LightningModule):
         self.val_accuracy = MetricCollection({**accuracies}, prefix="val/")
         self.test_accuracy = self.val_accuracy.clone(prefix="test/")
 
+    def configure_model(self) -> None:
+        """Shard the net, if the strategy has a device mesh, and compile it, if asked to."""
+        if self.device_mesh is not None:
+            shard_blocks(self.net, self.device_mesh["data_parallel"])
+        if self.hparams["compile"] is not None:
+            self.net.compile(backend=self.hparams["compile"])
+
+    def setup(self, stage: str) -> None:
+        """Compare the classes of the data with those of the net."""
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if classes is not None and classes > self.hparams["num_classes"]:
+            raise ValueError(
+                f"The data have {classes} classes, the net {self.hparams['num_classes']}; "
+                f"set --model.num_classes {classes}."
+            )
+
     def forward(self, images: Tensor) -> Any:
-        """Return the logits [B, num_classes] of images [B, C, H, W]."""
-        return self.net(images)
+        """Return what the net makes of images [B, C, H, W]: logits [B, num_classes], or a tuple of them.
+
+        A tuple holds auxiliary logits after the first.
+        """
+        return self.net(images.contiguous(memory_format=self.memory_format))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean training loss of a batch of images [B, C, H, W] and labels [B]."""
@@ -100,66 +136,61 @@ class ImageClassifier(LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score a batch of the validation set."""
-        self._score(batch, "val", self.val_accuracy)
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Score a batch of the validation set; return its logits [B, num_classes]."""
+        return self._score(batch, "val", self.val_accuracy)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score a batch of the test set."""
-        self._score(batch, "test", self.test_accuracy)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Score a batch of the test set; return its logits [B, num_classes]."""
+        return self._score(batch, "test", self.test_accuracy)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the probability of each class [B, num_classes]."""
-        return torch.softmax(self(batch[0]), dim=1)
+        return torch.softmax(self._logits(batch[0]), dim=1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the baseline optimizer, with its schedule if it has one."""
-        optimizer = self._baseline()
-        if self.hparams["schedule"] == "constant" and not self.hparams["warmup_steps"]:
+        own = self.hparams
+        options = dict(own["optimizer_options"] or {})
+        if own["lr"] is not None:
+            options["lr"] = own["lr"]
+        if own["optimizer"] == "sgd":
+            options["momentum"] = own["momentum"]
+        optimizer = build_baseline(self, own["optimizer"], own["weight_decay"], **options)
+        if own["schedule"] == "constant" and not own["warmup_steps"]:
             return optimizer
-        cosine = self.hparams["schedule"] == "cosine"
-        total_steps = int(self.trainer.estimated_stepping_batches) if cosine else None
-        factor = partial(rate_factor, warmup_steps=self.hparams["warmup_steps"], total_steps=total_steps)
+        lengths: dict[str, Any] = {}
+        if own["schedule"] == "cosine":
+            lengths = {"total_steps": self._total_steps()}
+        elif own["schedule"] == "step":
+            lengths = {"decay_steps": own["decay_epochs"] * self._steps_per_epoch(), "decay_rate": own["decay_rate"]}
+        factor = partial(rate_factor, warmup_steps=own["warmup_steps"], **lengths)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _baseline(self) -> Optimizer:
-        options: dict[str, Any] = {}
-        for key in ("lr", "weight_decay"):
-            if self.hparams[key] is not None:
-                options[key] = self.hparams[key]
-        name = self.hparams["optimizer"]
-        if name == "sgd":
-            options["momentum"] = self.hparams["momentum"]
-        return OPTIMIZERS[name](self.parameters(), **options)
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ValueError("A cosine schedule needs an end: set --trainer.max_epochs or --trainer.max_steps.")
+        return int(total)
 
-    def _score(self, batch: Batch, stage: str, accuracy: MetricCollection) -> None:
+    def _steps_per_epoch(self) -> float:
+        self.trainer.fit_loop.setup_data()  # what counts the batches
+        batches = self.trainer.num_training_batches
+        return batches if math.isinf(batches) else math.ceil(batches / self.trainer.accumulate_grad_batches)
+
+    def _score(self, batch: Batch, stage: str, accuracy: MetricCollection) -> Tensor:
         images, labels = batch
-        logits = self(images)
+        logits = self._logits(images)
         accuracy.update(logits, labels)
         self.log(f"{stage}/loss", F.cross_entropy(logits, labels), prog_bar=True, sync_dist=True)
         self.log_dict(accuracy, prog_bar=True)
+        return logits
 
-
-def rate_factor(step: int, warmup_steps: int, total_steps: int | None) -> float:
-    """Return the learning rate at a step as a multiple of the base rate.
-
-    Args:
-        step: Number of steps done.
-        warmup_steps: Steps of linear growth, the first of which already moves: (step + 1) / warmup_steps.
-        total_steps: Steps of the whole run, for a cosine from 1 after the warm-up to 0 at the end; None
-            keeps 1.
-
-    Example:
-        >>> [round(rate_factor(step, warmup_steps=2, total_steps=6), 2) for step in range(7)]
-        [0.5, 1.0, 1.0, 0.85, 0.5, 0.15, 0.0]
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if total_steps is None:
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    def _logits(self, images: Tensor) -> Tensor:
+        """Return the logits [B, num_classes] alone; some nets give auxiliary ones also when they do not train."""
+        output = self(images)
+        return output[0] if isinstance(output, tuple) else output
 
 
 def _accuracy(num_classes: int, top_k: int) -> MulticlassAccuracy:

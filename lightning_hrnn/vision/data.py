@@ -7,12 +7,14 @@ the batches only, never the split.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_hrnn.vision.batches import ImageSet, TensorBatches
+from lightning_hrnn.vision.batches import ImageSet, TensorBatches, from_the_start
 from lightning_hrnn.vision.transforms import Scale, ShiftAndFlip
 
 SPLIT_SEED = 0
@@ -61,6 +63,11 @@ class ImageData(LightningDataModule):
             DataNotFoundError: If the files are not there.
         """
 
+    def picture(self, images: Tensor) -> Tensor:
+        """Turn inputs [B, C, H, W] back into shares of brightness, for people to look at."""
+        mean, std = images.new_tensor(self.scale.mean), images.new_tensor(self.scale.std)
+        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+
     def setup(self, stage: str | None = None) -> None:
         """Read the data set, once."""
         if self._sets:
@@ -85,6 +92,7 @@ class ImageData(LightningDataModule):
             self.train_transform(),
             shuffle_seed=None if overfit else self.seed,
             drop_last=True,
+            position=partial(batches_done, self),
         )
 
     def val_dataloader(self) -> TensorBatches | list[TensorBatches]:
@@ -114,9 +122,23 @@ class ImageData(LightningDataModule):
         transform: Scale | ShiftAndFlip,
         shuffle_seed: int | None = None,
         drop_last: bool = False,
+        position: Callable[[], int] = from_the_start,
     ) -> TensorBatches:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return TensorBatches(self.images(split), batch_size, transform, shuffle_seed, drop_last, rank, world_size)
+        rank, world_size = data_rank(self)
+        return TensorBatches(
+            self.images(split), batch_size, transform, shuffle_seed, drop_last, rank, world_size, position
+        )
+
+
+def data_rank(data: LightningDataModule) -> tuple[int, int]:
+    """Return which share of the data this process takes, and how many shares there are."""
+    spread = data.trainer.distributed_sampler_kwargs if data.trainer else None
+    return (spread["rank"], spread["num_replicas"]) if spread else (0, 1)
+
+
+def batches_done(data: LightningDataModule) -> int:
+    """Return how many batches of the current epoch are done: 0, unless a run is resumed within an epoch."""
+    return data.trainer.fit_loop.epoch_loop.batch_progress.current.ready if data.trainer else 0
 
 
 def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The data sets that the recipes train on: digits, Fashion-MNIST, MNIST, CIFAR-10."""
+"""The data sets of the small recipes: digits, Fashion-MNIST, MNIST, CIFAR-10 and CIFAR-100."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ from lightning_hrnn.vision.batches import ImageSet
 from lightning_hrnn.vision.data import DataNotFoundError, ImageData, stratified_split
 from lightning_hrnn.vision.idx import find_idx, read_idx
 from lightning_hrnn.vision.transforms import Scale, ShiftAndFlip
+
+IDX_PARTS = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+def fetch(name: str, folder: str | Path, how: str) -> None:
+    """Let torchvision download a data set.
+
+    Args:
+        name: The data set's class in `torchvision.datasets`.
+        folder: Where to.
+        how: How else to obtain it, for the error.
+
+    Raises:
+        DataNotFoundError: If it cannot be downloaded.
+    """
+    from torchvision import datasets
+
+    try:
+        getattr(datasets, name)(folder, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataNotFoundError(f"{name} could not be downloaded: {error}. {how}") from error
 
 
 class DigitsData(ImageData):
@@ -68,6 +89,7 @@ class IdxImageData(ImageData):
         validation: Number of training images set aside for validation, stratified by class.
         image_size: Side in pixels to resize images to; None keeps 28.
         seed: Seed of the order of the training batches.
+        download: Let torchvision download the files into `data_dir` (or `data`), if they are not found.
     """
 
     name: str
@@ -82,9 +104,16 @@ class IdxImageData(ImageData):
         validation: int = 5000,
         image_size: int | None = None,
         seed: int = 0,
+        download: bool = False,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, validation, image_size, seed)
         self.data_dir = data_dir
+        self.download = download
+
+    def prepare_data(self) -> None:
+        """Download the files, if asked to and if they are not there; in one process of a machine."""
+        if self.download and self._files() is None:
+            fetch(self.name, self.folders()[0], self._not_found())
 
     def folders(self) -> list[Path]:
         """Return where the files are looked for, in order."""
@@ -98,20 +127,29 @@ class IdxImageData(ImageData):
         Raises:
             DataNotFoundError: If no folder holds all four files.
         """
-        parts = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+        files = self._files()
+        if files is None:
+            raise DataNotFoundError(self._not_found())
+        tensors = [read_idx(path) for path in files]
+        return (
+            ImageSet(tensors[0].unsqueeze(1), tensors[1].long()),
+            ImageSet(tensors[2].unsqueeze(1), tensors[3].long()),
+        )
+
+    def _files(self) -> list[Path] | None:
+        """Return the four files of the first folder that holds all of them."""
         for folder in self.folders():
-            found = [find_idx(folder, part) for part in parts]
-            if all(found):
-                tensors = [read_idx(path) for path in found if path is not None]
-                return (
-                    ImageSet(tensors[0].unsqueeze(1), tensors[1].long()),
-                    ImageSet(tensors[2].unsqueeze(1), tensors[3].long()),
-                )
+            found = [path for part in IDX_PARTS if (path := find_idx(folder, part)) is not None]
+            if len(found) == len(IDX_PARTS):
+                return found
+        return None
+
+    def _not_found(self) -> str:
         looked = " nor ".join(f"{str(folder)!r}" for folder in self.folders())
-        raise DataNotFoundError(
+        return (
             f"{self.name} not found: neither {looked} holds the four files "
-            f"{', '.join(f'{part}.gz' for part in parts)}. {self.obtain} "
-            "Name their folder with --data.data_dir (demo: --data-dir)."
+            f"{', '.join(f'{part}.gz' for part in IDX_PARTS)}. {self.obtain} "
+            "Name their folder with --data.data_dir (demo: --data-dir), or download them with --data.download true."
         )
 
 
@@ -148,15 +186,17 @@ class CIFAR10Data(ImageData):
     Training images are moved by up to `shift` pixels and half of them mirrored.
 
     Args:
-        data_dir: Folder that holds `cifar-10-batches-py`.
+        data_dir: Folder that holds `cifar-10-batches-py` (CIFAR-100: `cifar-100-python`).
         batch_size: Training images per step and process.
         eval_batch_size: Images per step and process when only scoring.
         validation: Number of training images set aside for validation, stratified by class.
         image_size: Side in pixels to resize images to; None keeps 32.
         shift: Largest random move in pixels; None leaves training images as they are.
         seed: Seed of the order of the training batches.
+        download: Let torchvision download the images into `data_dir`, if they are not there.
     """
 
+    name = "CIFAR10"
     scale = Scale(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
     def __init__(
@@ -168,10 +208,17 @@ class CIFAR10Data(ImageData):
         image_size: int | None = None,
         shift: int | None = 4,
         seed: int = 0,
+        download: bool = False,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, validation, image_size, seed)
         self.data_dir = data_dir
         self.shift = shift
+        self.download = download
+
+    def prepare_data(self) -> None:
+        """Download the images, if asked to and if they are not there; in one process of a machine."""
+        if self.download:
+            fetch(self.name, self.data_dir, self._not_found())
 
     def train_transform(self) -> Scale | ShiftAndFlip:
         """Return what turns stored images into inputs while training."""
@@ -184,18 +231,32 @@ class CIFAR10Data(ImageData):
         Raises:
             DataNotFoundError: If `data_dir` does not hold the data set.
         """
-        from torchvision.datasets import CIFAR10
+        from torchvision import datasets
 
         try:
-            parts = [CIFAR10(self.data_dir, train=train) for train in (True, False)]
+            parts = [getattr(datasets, self.name)(self.data_dir, train=train) for train in (True, False)]
         except RuntimeError as error:
-            command = f"import torchvision; torchvision.datasets.CIFAR10({self.data_dir!r}, download=True)"
-            raise DataNotFoundError(
-                f"CIFAR-10 not found in {self.data_dir!r}, which should hold the folder {CIFAR10.base_folder}. "
-                f'Download it with `python -c "{command}"`. Name its folder with --data.data_dir.'
-            ) from error
+            raise DataNotFoundError(self._not_found()) from error
         training, test = (
             ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
             for part in parts
         )
         return training, test
+
+    def _not_found(self) -> str:
+        from torchvision import datasets
+
+        base = getattr(datasets, self.name).base_folder
+        command = f"import torchvision; torchvision.datasets.{self.name}({self.data_dir!r}, download=True)"
+        return (
+            f"{self.name} not found in {self.data_dir!r}, which should hold the folder {base}. "
+            f'Download it with --data.download true, or with `python -c "{command}"`. '
+            "Name its folder with --data.data_dir."
+        )
+
+
+class CIFAR100Data(CIFAR10Data):
+    """CIFAR-100: 60,000 colour images, 32x32, of a hundred kinds of things; otherwise like `CIFAR10Data`."""
+
+    name = "CIFAR100"
+    scale = Scale(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))

@@ -69,6 +69,9 @@ def conv_bn(in_channels: int, num_classes: int, width: int = 16) -> nn.Module:
 MODELS: dict[str, Builder] = {"conv": conv, "conv_bn": conv_bn}
 """Our own nets: name -> builder(in_channels, num_classes, **options)."""
 
+CHOOSE_THEIR_START = ("googlenet", "inception_v3")
+"""Nets of torchvision that warn unless told whether to draw their first weights as their authors did."""
+
 
 def build_model(name: str, in_channels: int, num_classes: int, **options: Any) -> nn.Module:
     """Build a freshly initialised classifier.
@@ -102,6 +105,8 @@ def build_model(name: str, in_channels: int, num_classes: int, **options: Any) -
         from torchvision import models
 
         if bare in _torchvision_names():
+            if bare in CHOOSE_THEIR_START:
+                options.setdefault("init_weights", True)
             net = models.get_model(bare, num_classes=num_classes, **options)
             return net if in_channels == 3 else _adapt_first_convolution(net, in_channels)
     raise ValueError(_unknown(name, bare))
