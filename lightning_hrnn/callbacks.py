@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -31,15 +31,20 @@ from lightning_hrnn.configure import (
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
+from lightning_hrnn.optimizer.state import note_of
 
 __all__ = ["HRNNOptimizerCallback", "configure_hrnn", "hrnn_optimizers"]
 
 REFUSED_STRATEGIES = {
-    FSDPStrategy: "FSDP1 flattens parameters into one, which hides the tensors whose statistics HRNN needs",
-    DeepSpeedStrategy: "DeepSpeed takes the step itself, on its own copies of the parameters",
-    ModelParallelStrategy: "the statistics of a tensor do not yet span its shards",
+    FSDPStrategy: (
+        "FSDP1 flattens parameters into one, which hides the tensors whose statistics HRNN needs. Use "
+        "ModelParallelStrategy, which shards by FSDP2, or Trainer(strategy='ddp')"
+    ),
+    DeepSpeedStrategy: (
+        "DeepSpeed takes the step itself, on its own copies of the parameters. Use ModelParallelStrategy, which shards "
+        "by FSDP2, or Trainer(strategy='ddp')"
+    ),
 }
-NOTE = "hrnn"  # the key by which the state of `HRNN` tells itself from others
 SUSPICIOUS_LR = 0.02  # of the lr at the start: who writes less most likely means a step length
 
 
@@ -160,7 +165,7 @@ class HRNNOptimizerCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume what another optimizer began."""
         if trainer.state.fn == TrainerFn.FITTING and any(
-            state and NOTE not in state for state in checkpoint.get("optimizer_states", [])
+            state and not note_of(state) for state in checkpoint.get("optimizer_states", [])
         ):
             raise MisconfigurationException(
                 "The checkpoint holds the state of another optimizer than HRNN, which cannot go on from it. Resume "
@@ -261,9 +266,7 @@ def _check_trainer(trainer: Trainer) -> None:
         )
     for strategy, reason in REFUSED_STRATEGIES.items():
         if isinstance(trainer.strategy, strategy):
-            raise MisconfigurationException(
-                f"HRNN cannot train under {type(trainer.strategy).__name__}: {reason}. Use Trainer(strategy='ddp')."
-            )
+            raise MisconfigurationException(f"HRNN cannot train under {type(trainer.strategy).__name__}: {reason}.")
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

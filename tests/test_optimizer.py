@@ -70,7 +70,7 @@ def run(optimizer: HRNN, params: list[nn.Parameter], steps: range) -> None:
 
 def test_steps_are_those_of_the_pure_rule(rule: HierarchicalRNN, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "CHUNK", 17)  # so that tensors are cut, with a rest
-    monkeypatch.setattr("lightning_hrnn.optimizer.optimizer.GROUP_SIZE", 50)
+    monkeypatch.setattr("lightning_hrnn.optimizer.levels.GROUP_SIZE", 50)
     params = make_params()
     optimizer = HRNN(params, weights=rule, initial_rate=1e-2, kernel="eager")
     layout = Layout.of([param.numel() for param in params])
@@ -427,13 +427,3 @@ def test_log_rates_are_those_of_the_tensors() -> None:
     params = make_params()
     optimizer = HRNN(params, weights=make_rule(), initial_rate=1e-2)
     torch.testing.assert_close(torch.stack(optimizer.log_rates()), torch.full((5,), 1e-2).log())
-
-
-def test_a_sharded_parameter_is_refused_with_the_mend() -> None:
-    class Sharded(nn.Parameter):
-        """What tells a DTensor from others."""
-
-        placements = ("shard",)
-
-    with pytest.raises(ValueError, match=r"Parameter 0 of shape \[4\] is a DTensor.*Train with DDP"):
-        HRNN([Sharded(torch.zeros(4))], weights=make_rule())

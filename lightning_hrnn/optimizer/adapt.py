@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_hrnn.optimizer.state import NOTE, note_of
+
 CARRIED = ("average", "square", "log_rate", "age")
 
 
@@ -21,11 +23,16 @@ def adapt_state(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the state of a tensor has no counterpart, so it is of another model.
     """
-    if strangers := sorted(map(str, saved["state"].keys() - own["state"].keys())):
+    ids = dict(zip(_ids(saved), _ids(own), strict=False))  # in order of parameters: saved ones may be names
+    if strangers := sorted(map(str, saved["state"].keys() - ids.keys())):
         raise ValueError(f"The saved state has parameters that this optimizer has not: {strangers}. The model differs.")
     state = {
-        index: {**own["state"][index], **{key: values[key] for key in CARRIED if key in values}}
+        index: {**own["state"][ids[index]], **{key: values[key] for key in CARRIED if key in values}}
         for index, values in saved["state"].items()
     }
-    skipped = saved.get("hrnn", {}).get("skipped_steps", 0)
-    return {**saved, "state": state, "hrnn": {**own["hrnn"], "skipped_steps": skipped}}
+    skipped = note_of(saved).get("skipped_steps", 0)
+    return {**saved, "state": state, NOTE: {**own[NOTE], "skipped_steps": skipped}}
+
+
+def _ids(state_dict: dict[str, Any]) -> list[Any]:
+    return [index for group in state_dict["param_groups"] for index in group["params"]]

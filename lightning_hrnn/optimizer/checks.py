@@ -1,0 +1,82 @@
+"""What `HRNN` refuses, each with its cause and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hrnn.optimizer.sharding import why_unsupported
+from lightning_hrnn.optimizer.state import LOOKAHEAD, STATE_KEYS
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse numbers out of range and parameters for which the rule is not defined."""
+    for key in ("lr", "weight_decay"):
+        if not 0 <= float(group[key]) < math.inf:
+            raise ValueError(f"{key} must be zero or more, not {group[key]}.")
+    rate = group["initial_rate"]
+    if rate is not None and not 0 < rate < math.inf:
+        raise ValueError(f"initial_rate must be positive, not {rate}.")
+    for index, param in enumerate(group["params"]):
+        if param.is_complex():
+            raise ValueError(
+                f"Parameter {index} of shape {list(param.shape)} is complex, and the rule is defined for real "
+                "numbers. Optimize torch.view_as_real of it, or give it to another optimizer."
+            )
+        if reason := why_unsupported(param):
+            raise ValueError(
+                f"Parameter {index} of shape {list(param.shape)} {reason}, or give it to another optimizer."
+            )
+
+
+def check_gradient(index: int, param: Tensor) -> None:
+    """Refuse a sparse gradient."""
+    if param.grad is not None and param.grad.layout != torch.strided:
+        raise RuntimeError(
+            f"The gradient of parameter {index} of shape {list(param.shape)} is sparse, and HRNN needs "
+            "dense ones. Build the embedding with sparse=False, or give this parameter to "
+            "torch.optim.SparseAdam."
+        )
+
+
+def check_one_device(params: Sequence[Tensor]) -> None:
+    """Refuse to step parameters of several devices together."""
+    if len(devices := {str(param.device) for param in params}) > 1:
+        raise RuntimeError(
+            f"The parameters lie on several devices, {sorted(devices)}, and an HRNN steps those of one: give the "
+            "parameters of each device an optimizer of their own."
+        )
+
+
+def check_kind(state_dict: dict[str, Any]) -> None:
+    """Refuse what is not the state of an `HRNN`."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"This is not an optimizer's state: it has the keys {sorted(map(str, state_dict))}.")
+    for index, state in state_dict["state"].items():
+        missing = [key for key in STATE_KEYS if key not in state]
+        foreign = sorted(str(key) for key in state if key not in (*STATE_KEYS, LOOKAHEAD))
+        if missing or foreign:
+            raise ValueError(
+                f"This is not the state of HRNN: parameter {index} has {sorted(map(str, state))}, of which HRNN does "
+                f"not know {foreign}, and lacks {missing}. It looks like another optimizer's; load it into that one, "
+                "or start HRNN without it."
+            )
+    if any("initial_rate" not in group for group in state_dict["param_groups"]):  # SGD's state may be empty
+        raise ValueError(
+            "This is not the state of HRNN: its param groups have no initial_rate. It looks like another optimizer's; "
+            "load it into that one, or start HRNN without it."
+        )
+
+
+def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) -> None:
+    """Refuse a saved state of other shapes."""
+    for key, value in state.items():
+        if key in saved and saved[key].shape != value.shape:
+            raise ValueError(
+                f"The saved {key} has shape {list(saved[key].shape)} where a parameter of shape "
+                f"{list(param.shape)} needs {list(value.shape)}: the model or the weights differ from those saved."
+            )

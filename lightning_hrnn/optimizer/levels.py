@@ -1,0 +1,144 @@
+"""The tensor and global level of an optimizer's step, and the sums over whole tensors that they see.
+
+The param level is the kernels'. Its sums over tensors lie in one buffer, `Totals`: the levels above take means from it,
+and so do the directions, which are divided by their root mean square over the tensor before they are applied.
+
+Legend: `T` tensors of the step, `R` readouts, `H0 H1 H2` hidden sizes, `F` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_hrnn.optimizer.features import Layout
+from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel, RuleState
+from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork
+from lightning_hrnn.optimizer.sharding import Ranks, local
+
+GROUP_SIZE = 4_194_304  # parameters measured before they are applied: bounds what lies between the two passes
+
+States = Sequence[dict[str, Tensor]]
+
+
+class Totals:
+    """Sums over tensors, in one buffer: on this rank until the ranks have added them up.
+
+    Args:
+        rule: says how many sums there are.
+        work: the tensors, in order.
+    """
+
+    def __init__(self, rule: HierarchicalRNN, work: Sequence[TensorWork]) -> None:
+        like = rule.param_rnn.gate_weight
+        self.rows = [like.shape[1], len(rule.directions), 1, 1]
+        self.values = like.new_zeros(sum(self.rows), len(work))
+        self.values[-1] = like.new_tensor([float(tensor.param.numel()) for tensor in work])
+
+    def put(self, part: slice, sums: Sums) -> None:
+        """Note the sums of some tensors."""
+        self.values[:-1, part] = torch.cat([sums.pooled, sums.squares, sums.param_square[None]])
+
+    @property
+    def count(self) -> Tensor:
+        """Number of parameters that were added up. [T]"""
+        return self.values[-1]
+
+    def means(self) -> Sums:
+        """Divide by the count."""
+        pooled, squares, param_square, _ = (self.values / self.count).split(self.rows)
+        return Sums(pooled, squares, param_square[0])
+
+    def inverse_rms(self, part: slice) -> Tensor:
+        """Return what makes the root mean square of directions one. [R, T of the part]"""
+        squares = self.values.split(self.rows)[1]
+        return (squares[:, part] / self.count[part] + RMS_FLOOR).rsqrt()
+
+
+def passes(work: Sequence[TensorWork], together: bool) -> Iterable[list[slice]]:
+    """Divide tensors into parts, and those into passes: what is measured before it is applied.
+
+    A part is a run of tensors with about `GROUP_SIZE` parameters. Where ranks add up their sums, which they do once,
+    all is one pass, and shards without a parameter belong to no part.
+    """
+    parts = list(_parts([tensor.param.numel() for tensor in work]))
+    return [parts] if together else [[part] for part in parts]
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[slice]:
+    start = count = 0
+    for index, size in enumerate(sizes):
+        if index > start and (size == 0 or count + size > GROUP_SIZE):
+            yield slice(start, index)
+            start, count = index, 0
+        if size == 0:
+            start = index + 1
+        count += size
+    if start < len(sizes):
+        yield slice(start, len(sizes))
+
+
+def tensor_layout(params: Sequence[Tensor]) -> Layout:
+    """Describe the tensors of one model to the upper levels, which do not look at single parameters."""
+    device = params[0].device
+    return Layout(
+        tensor_of=torch.empty(0, dtype=torch.int64, device=device),
+        model_of=torch.zeros(len(params), dtype=torch.int64, device=device),
+        params_in=torch.tensor([float(param.numel()) for param in params], device=device),
+        tensors_in=torch.tensor([float(len(params))], device=device),
+    )
+
+
+def upper_state(states: States, rule: HierarchicalRNN, ranks: Ranks) -> RuleState:
+    """Gather what the tensor and global levels remember; the param level's state stays where it is."""
+    empty = states[0]["age"].new_empty(0)
+    return RuleState(
+        hidden=empty,
+        average=empty,
+        square=empty,
+        log_rate=tensor_log_rates(states, rule, ranks),
+        tensor_hidden=torch.stack([state["tensor_hidden"] for state in states], 1),
+        global_hidden=states[0]["global_hidden"][:, None],
+        age=torch.stack([state["age"] for state in states]),
+    )
+
+
+def tensor_log_rates(states: States, rule: HierarchicalRNN, ranks: Ranks) -> Tensor:
+    """Return the log rate of each tensor: its own, or the mean of its parameters'. [T]"""
+    rates = [local(state["log_rate"]) for state in states]
+    return ranks.mean(rates) if rule.rate_per_param else torch.stack(rates)
+
+
+def from_above(rule: HierarchicalRNN, state: RuleState, layout: Layout) -> FromAbove:
+    """Return what the levels above say to each tensor."""
+    return FromAbove(
+        bias=rule.param_bias(state, layout),
+        log_rate=state.log_rate,
+        mean_log_rate=layout.to_tensors(layout.mean_per_model(state.log_rate)),
+        remembers=(state.age > 0).to(state.age.dtype),
+    )
+
+
+def step_upper_levels(
+    rule: HierarchicalRNN, before: RuleState, means: Sums, layout: Layout, states: States, model: States
+) -> None:
+    """Step the tensor RNN, the global RNN and the rates, in place.
+
+    Args:
+        rule: the update rule.
+        before: what these levels remember.
+        means: over each tensor, of the param level.
+        layout: of the tensors.
+        states: of the tensors that move.
+        model: of all tensors, which share the global state.
+    """
+    empty = before.hidden
+    level = ParamLevel(empty, empty, empty, means.pooled, empty, log_rate=None)
+    after = rule.upper_levels(level, means.param_square.sqrt(), before, layout)
+    for key, values in (("tensor_hidden", after.tensor_hidden.unbind(1)), ("age", after.age.unbind())):
+        torch._foreach_copy_([state[key] for state in states], list(values))
+    if not rule.rate_per_param:
+        torch._foreach_copy_([state["log_rate"] for state in states], list(after.log_rate.unbind()))
+    torch._foreach_copy_([state["global_hidden"] for state in model], [after.global_hidden[:, 0]] * len(model))
