@@ -31,7 +31,9 @@ from lightning_hrnn.configure import (
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
+from lightning_hrnn.optimizer.schedule import SHARE, cooldown
 from lightning_hrnn.optimizer.state import note_of
+from lightning_hrnn.progress import progress
 
 __all__ = ["HRNNOptimizerCallback", "configure_hrnn", "hrnn_optimizers"]
 
@@ -65,6 +67,9 @@ class HRNNOptimizerCallback(Callback):
             schedule written for a base rate of 3e-4 that stands at 1e-4 makes it a third. `"refuse"`: an error.
         kernel: what computes the step; see `HRNN`.
         initial_rate: first learned rate; see `HRNN`.
+        cooldown: share of the run, its last part, over which the learned rates go down to zero on a straight line: the
+            noise of the steps settles, and the loss with it. Where `max_steps` or `max_epochs` says when the fit
+            ends; with `schedulers="keep"` the module's schedulers do it instead. 0 for none.
 
     Raises:
         ValueError: an argument out of range.
@@ -84,8 +89,9 @@ class HRNNOptimizerCallback(Callback):
         schedulers: SchedulerPolicy = "drop",
         kernel: str = "auto",
         initial_rate: float | None = None,
+        cooldown: float = SHARE,
     ) -> None:
-        self.options = HRNNOptions(weights, lr, weight_decay, schedulers, kernel, initial_rate)
+        self.options = HRNNOptions(weights, lr, weight_decay, schedulers, kernel, initial_rate, cooldown)
         self._at_start: list[list[float]] = []  # lr by optimizer and param group, while there is something to notice
 
     # -- injection
@@ -115,9 +121,15 @@ class HRNNOptimizerCallback(Callback):
     # -- attention: at the true weights by default, away from them from the start of a batch to its gradient
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Move the parameters to the point where the gradient is to be taken."""
+        """Move the parameters to the point where the gradient is to be taken, and see how far the fit has come."""
+        multiplier = self._multiplier(trainer)
         for optimizer in _hrnns(trainer):
             optimizer.begin_attention()
+            optimizer.cooldown = multiplier
+
+    def _multiplier(self, trainer: Trainer) -> float:
+        done = None if self.options.schedulers == "keep" else progress(trainer)
+        return 1.0 if done is None else cooldown(done, 1, self.options.cooldown)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Return to the true weights; by hand there may be more to differentiate, and the step will see to it."""
@@ -150,6 +162,8 @@ class HRNNOptimizerCallback(Callback):
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _end_attention(trainer)
+        for optimizer in _hrnns(trainer):
+            optimizer.cooldown = 1.0
         unwrap_after_fit(pl_module)
 
     # -- checkpoints
@@ -204,6 +218,7 @@ def configure_hrnn(
     schedulers: SchedulerPolicy = "drop",
     kernel: str = "auto",
     initial_rate: float | None = None,
+    cooldown: float = SHARE,
 ) -> LightningModule:
     """Make `HRNN` the optimizer of a module for good, also one that has no `configure_optimizers`.
 
@@ -219,6 +234,7 @@ def configure_hrnn(
         schedulers: what becomes of the module's learning-rate schedulers.
         kernel: what computes the step.
         initial_rate: first learned rate.
+        cooldown: share of the run over which the learned rates go down to zero.
 
     Returns:
         The module.
@@ -237,7 +253,7 @@ def configure_hrnn(
             f"configure_hrnn takes a LightningModule, not {type(module).__name__}. In a plain loop write "
             "`optimizer = HRNN(module.parameters())`."
         )
-    options = HRNNOptions(weights, lr, weight_decay, schedulers, kernel, initial_rate)
+    options = HRNNOptions(weights, lr, weight_decay, schedulers, kernel, initial_rate, cooldown)
     wrap_for_good(target, options)
     current = vars(target).get("configure_callbacks")
     if isinstance(current, partial) and current.func is _bring_callback:

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, read_card
+from lightning_hrnn.optimizer.schedule import SHARE
 from lightning_hrnn.schedulers import LR_KEYS, base_rates, hold, keep
 
 SchedulerPolicy = Literal["drop", "keep", "refuse"]
@@ -48,9 +49,11 @@ class HRNNOptions:
             rates (a schedule at half of its base rate halves them), `"refuse"` makes a scheduler an error.
         kernel: what computes the step; see `HRNN`.
         initial_rate: first learned rate; see `HRNN`.
+        cooldown: share of the run, its last part, over which the learned rates go down to zero, from 0 to 1; see
+            `HRNNOptimizerCallback`.
 
     Raises:
-        ValueError: a negative or non-finite number, an unknown policy, or unknown weights.
+        ValueError: a number out of range, an unknown policy, or unknown weights.
     """
 
     weights: str | Path | HierarchicalRNN = DEFAULT_WEIGHTS
@@ -59,12 +62,15 @@ class HRNNOptions:
     schedulers: SchedulerPolicy = "drop"
     kernel: str = "auto"
     initial_rate: float | None = None
+    cooldown: float = SHARE
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < float("inf"):
             raise ValueError(f"lr is a multiplier of the learned rates and must be >= 0 and finite, not {self.lr}")
         if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be None or >= 0 and finite, not {self.weight_decay}")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"cooldown is a share of the run and must be from 0 to 1, not {self.cooldown}")
         if self.schedulers not in get_args(SchedulerPolicy):
             raise ValueError(f"schedulers must be one of {get_args(SchedulerPolicy)}, not {self.schedulers!r}")
         if not isinstance(self.weights, HierarchicalRNN):

@@ -49,8 +49,9 @@ class MetaLearner(LightningModule):
         rates: range of first learned rates that tasks start from.
         initial_rate: first learned rate in validation, and of the exported weights.
         loss: the meta-loss.
-        scored_point: where it is taken: at the parameters themselves (`"last"`), or at their trailing average, which
-            does not pay the rule for settling too early.
+        scored_point: where it is taken: at the parameters themselves (`"last"`), at their trailing average
+            (`"average"`), which does not pay the rule for settling early but lets it rush, or at `"both"`.
+        cooling: share of the task batches whose learned rates cool down over the last half of their lives.
         estimator: of the meta-gradient: `TruncatedBackprop` (the default) or `PES`.
         learning_rate: of the meta-optimizer, Adam.
         warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
@@ -75,7 +76,8 @@ class MetaLearner(LightningModule):
         rates: tuple[float, float] = (1e-5, 1e-2),
         initial_rate: float = 1e-3,
         loss: LogRatio | None = None,
-        scored_point: Point = "average",
+        scored_point: Point = "last",
+        cooling: float = 0.5,
         estimator: TruncatedBackprop | PES | None = None,
         learning_rate: float = 1e-3,
         warmup_steps: int = 50,
@@ -100,7 +102,7 @@ class MetaLearner(LightningModule):
         if scored_point not in get_args(Point):
             raise ValueError(f"scored_point must be one of {list(get_args(Point))}, not {scored_point!r}.")
         self.scored_point = scored_point
-        self.pool = TaskPool(places, lives or Lives(), rates)
+        self.pool = TaskPool(places, lives or Lives(), rates, cooling)
         self.initial_rate, self.threads = initial_rate, threads
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.engine: ParamLevelEngine | None = choose_engine(engine, self.rule)

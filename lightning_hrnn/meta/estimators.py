@@ -19,7 +19,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.population import Population, Progress, join
-from lightning_hrnn.meta.truncation import Place, TaskPool, started
+from lightning_hrnn.meta.truncation import Place, TaskPool, schedule_of, started
 from lightning_hrnn.meta.unroll import Point, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 
@@ -89,6 +89,7 @@ class TruncatedBackprop:
             window.engine,
             self.second_order,
             window.point,
+            schedule_of(pool.places, population),
         )
         scores = window.loss(result.losses, pool.initial_losses())
         pool.advance(population, result.progress, window.steps)
@@ -178,7 +179,14 @@ class PES:
             progress = [place.progress if sign > 0 else self._twins[place.seed].progress for place in group]
             start = join([started(part, place, probe) for part, place in zip(progress, group, strict=True)])
             result = unroll(
-                probe, population, start, window.steps, window.scored, window.engine, point=window.point
+                probe,
+                population,
+                start,
+                window.steps,
+                window.scored,
+                window.engine,
+                point=window.point,
+                schedule=schedule_of(group, population),
             )
             outcomes.append(population.by_batch(window.loss(result.losses, initial)))
             for place, part in zip(group, population.split(result.progress), strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.meta.population import Population, Progress, TaskBatch, join
-from lightning_hrnn.meta.unroll import begin
+from lightning_hrnn.meta.unroll import Schedule, begin
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.schedule import cooldown
 from lightning_hrnn.tasks.base import TaskFamily
 from lightning_hrnn.tasks.corpus import Corpus
 
@@ -100,6 +101,26 @@ class Place:
     initial_loss: Tensor  # [B]
     age: int
     life: int
+    cools: bool  # whether its learned rates cool down over the last half of its life
+
+    def multiplier(self, step: int) -> float:
+        """Return the multiplier of its learned rates, `step` steps from now."""
+        return cooldown(self.age + step, max(self.life, self.age + step + 1)) if self.cools else 1.0
+
+
+def schedule_of(places: Sequence[Place], population: Population) -> Schedule:
+    """Return the multipliers of the learned rates of places laid end to end."""
+    layout = population.layout
+    counts = torch.tensor([place.tasks.count for place in places])
+
+    def schedule(step: int) -> Tensor | float:
+        multipliers = [place.multiplier(step) for place in places]
+        if all(value == 1.0 for value in multipliers):
+            return 1.0
+        of_models = torch.tensor(multipliers).repeat_interleave(counts)
+        return layout.to_params(layout.to_tensors(of_models.to(layout.params_in)))
+
+    return schedule
 
 
 def started(progress: Progress, place: Place, rule: HierarchicalRNN) -> Progress:
@@ -120,14 +141,18 @@ class TaskPool:
         lives: how long they live.
         rates: range of first learned rates, log-uniform over the instances of a batch; their tensors differ by up
             to a factor of 2.
+        cooling: share of the task batches whose learned rates cool down over the last half of their lives, as they
+            do in a run of known length.
     """
 
-    def __init__(self, places: int, lives: Lives, rates: tuple[float, float]) -> None:
+    def __init__(self, places: int, lives: Lives, rates: tuple[float, float], cooling: float = 0.0) -> None:
         if places < 1:
             raise ValueError(f"A pool needs at least one place, not {places}.")
         if not 0 < rates[0] <= rates[1]:
             raise ValueError(f"First rates need 0 < low <= high, not {rates}.")
-        self.count, self.lives, self.rates = places, lives, rates
+        if not 0 <= cooling <= 1:
+            raise ValueError(f"cooling is a share of the tasks, from 0 to 1, not {cooling}.")
+        self.count, self.lives, self.rates, self.cooling = places, lives, rates, cooling
         self.places: list[Place] = []
 
     def refill(self, stream: TaskStream, rule: HierarchicalRNN, meta_step: int, device: torch.device | str) -> None:
@@ -142,8 +167,9 @@ class TaskPool:
         with torch.no_grad():
             initial_loss = population.losses(population.initial_params())
             progress = begin(rule, population, self._first_log_rates(population, tasks)).detach()
-        life = self.lives.draw(random.Random(seed), meta_step)
-        return Place(seed, tasks, progress, initial_loss, age=0, life=life)
+        rng = random.Random(seed)
+        life = self.lives.draw(rng, meta_step)
+        return Place(seed, tasks, progress, initial_loss, age=0, life=life, cools=rng.random() < self.cooling)
 
     def _first_log_rates(self, population: Population, tasks: TaskBatch) -> Tensor:  # [T]
         device, dtype = tasks.generator.device, tasks.params[0].dtype
@@ -194,6 +220,7 @@ def _stored(place: Place) -> dict[str, Any]:
         "seed": place.seed,
         "age": place.age,
         "life": place.life,
+        "cools": place.cools,
         "progress": place.progress.state_dict(),
         "initial_loss": place.initial_loss,
         "generator": place.tasks.generator.get_state(),
@@ -204,6 +231,5 @@ def _restored(stored: dict[str, Any], stream: TaskStream, device: torch.device |
     tasks = stream.draw(stored["seed"], device)
     tasks.generator.set_state(stored["generator"].cpu())
     progress = Progress.from_state_dict(stored["progress"]).to(device)
-    return Place(
-        stored["seed"], tasks, progress, stored["initial_loss"].to(device), age=stored["age"], life=stored["life"]
-    )
+    initial_loss = stored["initial_loss"].to(device)
+    return Place(stored["seed"], tasks, progress, initial_loss, stored["age"], stored["life"], stored["cools"])

@@ -16,14 +16,14 @@ from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLeve
 
 TAIL = 8.0  # the trailing average spans about a ninth of the steps taken
 
-Point = Literal["last", "average"]
-Schedule = Callable[[int], float]  # step of the unroll, 0 the first -> multiplier of the learned rate
+Point = Literal["last", "average", "both"]
+Schedule = Callable[[int], Tensor | float]  # step of the unroll, 0 the first -> multiplier of the learned rates [P]
 
 
 class Unrolled(NamedTuple):
     """Hold the outcome of an unroll."""
 
-    losses: Tensor  # [N, M] full losses after the scored steps
+    losses: Tensor  # [N, M] full losses after the scored steps; [2 N, M] if scored at both points
     progress: Progress  # after the last step
 
 
@@ -83,7 +83,7 @@ def unroll(
         scored: after which of the steps (0 is the first) to compute full losses.
         engine: a fused equivalent of the rule's param level.
         second_order: differentiate through the tasks' gradients too, instead of taking them as constants.
-        point: where losses are taken, at the parameters themselves or at their trailing average.
+        point: where losses are taken, at the parameters themselves, at their trailing average, or at both.
         schedule: multiplier of the learned rate.
     """
     layout = population.layout
@@ -98,6 +98,7 @@ def unroll(
         lookahead = None if output.lookahead is None else multiplier * output.lookahead
         average = trailing(average, theta, layout.to_params(state.age))
         if step in scored:
-            losses.append(population.losses(theta if point == "last" else average))
+            points = {"last": (theta,), "average": (average,), "both": (theta, average)}[point]
+            losses += [population.losses(value) for value in points]
     scores = torch.stack(losses) if losses else theta.new_zeros(0, len(layout.tensors_in))
     return Unrolled(scores, Progress(theta, average, state, lookahead))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.schedule import cooldown
 
 INPUTS, HIDDEN = 4, 6
 
@@ -146,13 +147,16 @@ def by_hand(
     epochs: int = 2,
     accumulate: int = 1,
     before_step: Callable[[list[Tensor]], Any] = lambda params: None,
+    cool: bool = True,
     **options: Any,
 ) -> HRNN:
     """Train as Lightning does, in a plain loop around `HRNN`."""
     params = list(module.parameters())
     optimizer = HRNN(params, **options)
-    for _ in range(epochs):
+    for epoch in range(epochs):
         for index, batch in enumerate(batches):
+            if cool:
+                optimizer.cooldown = cooldown(epoch * len(batches) + index, epochs * len(batches))
             with optimizer.attend():
                 (module.loss(batch) / accumulate).backward()
             if (index + 1) % accumulate == 0 or index + 1 == len(batches):

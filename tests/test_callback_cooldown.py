@@ -1,0 +1,153 @@
+"""The learned rates cool down over the last part of a fit whose length the Trainer knows."""
+
+import pytest
+import torch
+from helpers.modules import GAN, Batches, Regression, by_hand, quiet_trainer, same_state
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim.lr_scheduler import StepLR
+
+from lightning_hrnn import configure_hrnn
+from lightning_hrnn.callbacks import HRNNOptimizerCallback
+from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.schedule import cooldown
+
+
+class Watch(Callback):
+    """Record the multiplier of every batch."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.seen: list[float] = []
+        self.stop_after = stop_after
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(optimizer.cooldown)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if len(self.seen) == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def multipliers(tmp_path, module, batches=5, options=None, **arguments):
+    watch = Watch()
+    trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(**options or {}), watch, **arguments)
+    trainer.fit(module, Batches(batches))
+    assert all(optimizer.cooldown == 1.0 for optimizer in trainer.optimizers)
+    return watch.seen
+
+
+LINE = [1.0] * 6 + [0.8, 0.6, 0.4, 0.2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_epochs": 2},
+        {"max_epochs": -1, "max_steps": 10},
+        {"max_epochs": 7, "max_steps": 10},
+        {"max_epochs": 2, "max_steps": 99},
+        {"max_epochs": 4, "limit_train_batches": 0.5},
+    ],
+    ids=["epochs", "steps", "steps first", "epochs first", "limited"],
+)
+def test_the_last_half_goes_down_on_a_line(tmp_path, arguments):
+    seen = multipliers(tmp_path, Regression(), **arguments)
+    if "limit_train_batches" in arguments:  # 2 of 5 batches in 4 epochs
+        assert seen == pytest.approx([1.0] * 5 + [0.75, 0.5, 0.25])
+    else:
+        assert seen == pytest.approx(LINE)
+
+
+def test_accumulation_counts_batches(tmp_path):
+    seen = multipliers(tmp_path, Regression(), batches=4, accumulate_grad_batches=2)
+    assert seen == pytest.approx([1.0, 1.0, 0.75, 0.25])
+
+
+def test_two_optimizers_by_hand_cool_down_together(tmp_path):
+    seen = multipliers(tmp_path, GAN())
+    assert seen == pytest.approx([value for value in LINE for _ in range(2)])
+
+
+def test_no_length_no_cooldown(tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step >= 6
+
+    watch = Watch()
+    trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(), watch, Stop(), max_epochs=-1, min_epochs=0)
+    trainer.fit(Regression(), Batches(5))
+    assert watch.seen == [1.0] * len(watch.seen)
+    assert len(watch.seen) >= 6
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0, [1.0] * 10), (0.2, [1.0] * 9 + [0.5]), (1, None)])
+def test_the_share_is_an_option(tmp_path, share, expected):
+    seen = multipliers(tmp_path, Regression(), options={"cooldown": share})
+    assert seen == pytest.approx(expected or [1 - step / 10 for step in range(10)])
+
+
+def test_schedulers_that_are_kept_take_its_place(tmp_path):
+    def configure(module):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+        return [optimizer], [StepLR(optimizer, 1)]
+
+    assert multipliers(tmp_path, Regression(configure), options={"schedulers": "keep"}) == [1.0] * 10
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match="cooldown is a share of the run"):
+        HRNNOptimizerCallback(cooldown=share)
+    with pytest.raises(ValueError, match="cooldown is a share of the run"):
+        configure_hrnn(Regression(), cooldown=share)
+
+
+def test_a_run_that_was_cut_short_goes_on_cooling_down(tmp_path):
+    whole, half, resumed = Regression(), Regression(), Regression()
+    trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(), max_epochs=3)
+    trainer.fit(whole, Batches(4))
+    saves = ModelCheckpoint(tmp_path, save_last=True)
+    watch = Watch(stop_after=8)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        quiet_trainer(tmp_path, HRNNOptimizerCallback(), saves, watch, max_epochs=3, enable_checkpointing=True).fit(
+            half, Batches(4)
+        )
+    saves = ModelCheckpoint(tmp_path, save_last=True)
+    end = quiet_trainer(tmp_path, HRNNOptimizerCallback(), saves, max_epochs=3, enable_checkpointing=True)
+    end.fit(resumed, Batches(4), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    assert watch.seen[-1] < 1
+    assert same_state(resumed.state_dict(), whole.state_dict())
+    assert same_state(end.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
+
+
+def test_it_is_a_multiplier_like_lr():
+    """A step at half is half the step; at zero nothing moves, state included."""
+
+    def stepped(multiplier, lr):
+        module = Regression()
+        optimizer = HRNN(module.parameters(), lr=lr)
+        optimizer.cooldown = multiplier
+        module.loss(next(iter(Batches()))).backward()
+        optimizer.step()
+        return module.state_dict(), optimizer.state_dict()["state"]
+
+    half, other = stepped(0.5, 1.0), stepped(1.0, 0.5)
+    assert same_state(half, other)
+    assert same_state(stepped(0.0, 1.0)[0], Regression().state_dict())
+    assert same_state(stepped(0.0, 1.0)[1], HRNN(Regression().parameters()).state_dict()["state"])
+    assert not same_state(half[0], stepped(1.0, 1.0)[0])
+
+
+def test_the_line():
+    assert [cooldown(step, 4) for step in range(6)] == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
+    assert [cooldown(step, 4, share=0) for step in range(6)] == [1.0] * 4 + [0.0] * 2
+    assert cooldown(0.75, 1) == 0.5
+
+
+def test_a_fit_equals_the_loop_written_out(tmp_path):
+    module, plain, without = Regression(), Regression(), Regression()
+    quiet_trainer(tmp_path, HRNNOptimizerCallback()).fit(module, Batches())
+    by_hand(plain, Batches(), weight_decay=0.01)
+    by_hand(without, Batches(), weight_decay=0.01, cool=False)
+    assert same_state(module.state_dict(), plain.state_dict())
+    assert not same_state(module.state_dict(), without.state_dict())
