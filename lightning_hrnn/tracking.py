@@ -55,16 +55,20 @@ class LogWeightsCard(Callback):
     """Record which meta-trained weights a run uses: the card of the learned optimizer's weights.
 
     To Weights & Biases as an artifact of the type `optimizer-weights` and in the run's configuration; to other
-    loggers as a file `NAME.json` in the folder of the run. Does nothing where another optimizer trains.
+    loggers as a file `NAME.json` in the folder of the run. Weights & Biases is also told which optimizer trains,
+    as `trained_by`, by which runs can be grouped.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the cards of all learned optimizers."""
         if not trainer.is_global_zero:
             return
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, HRNN):
-                for logger in trainer.loggers:
+        names = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers})
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update({"trained_by": " ".join(names)}, allow_val_change=True)
+            for optimizer in trainer.optimizers:
+                if isinstance(optimizer, HRNN):
                     _log_card(logger, optimizer.weights_name, optimizer.card)
 
 

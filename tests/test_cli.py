@@ -16,7 +16,8 @@ from lightning.pytorch import Callback
 from lightning_hrnn.cli import COMMANDS, main
 from lightning_hrnn.cli.errors import explain, reporting_errors
 from lightning_hrnn.cli.folders import ready_folder
-from lightning_hrnn.cli.run_report import panels_of, read_curves
+from lightning_hrnn.cli.run_report import panels_of
+from lightning_hrnn.evaluation.runs import read_curves
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, WEIGHTS_FOLDER, WeightsError
 from lightning_hrnn.version import __version__
 from lightning_hrnn.vision import FashionMNISTData
@@ -80,7 +81,7 @@ def test_every_command_has_help_with_examples(command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "{demo,train,meta-train,benchmark,evaluate"),
+        ([], "{demo,train,meta-train,benchmark,evaluate,compare"),
         (["fly"], "'fly'"),
         (["info", "--jsn"], "--jsn"),
         (["train"], "{fit,validate,test,predict}"),

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "evaluation": {"version", "optimizer", "tasks", "meta.unroll", "meta.population", "meta.memory", "vision"},
     "schedulers": set(),
     "configure": {"version", "optimizer", "schedulers"},
-    "callbacks": {"version", "optimizer", "schedulers", "configure"},
+    "progress": set(),
+    "callbacks": {"version", "optimizer", "schedulers", "progress", "configure"},
     "datamodule": {"version", "tasks", "meta", "evaluation"},
     "module": {"version", "optimizer", "tasks", "meta", "evaluation", "datamodule"},
     "export": {"version", "module"},
@@ -34,7 +35,7 @@ READS_PATH = f"{PACKAGE}.optimizer.kernels.build"  # torch's extension loader fi
 
 # Layer -> other projects' packages it may import: plain torch below, the core dependencies, the extra `vision`.
 TORCH = {"torch", "typing_extensions"}
-CORE = TORCH | {"jsonargparse", "lightning", "rich", "safetensors"}
+CORE = TORCH | {"jsonargparse", "lightning", "rich", "safetensors", "yaml"}
 VISION = CORE | {"PIL", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"}
 TORCH_ONLY = {"optimizer": TORCH | {"safetensors", "triton"}, "tasks": TORCH, "meta": TORCH}
 MAY_NEED = TORCH_ONLY | {"tracking": CORE | {"matplotlib"}, "vision": VISION, "evaluation": VISION}

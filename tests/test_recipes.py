@@ -3,23 +3,48 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from helpers.images import write_idx_set
+from helpers.images import StoredCIFAR, write_idx_set
 
 from lightning_hrnn.cli import main
+from lightning_hrnn.tracking import LogWeightsCard
+from lightning_hrnn.vision import MODELS, write_image_folder
+from lightning_hrnn.vision.models import conv_bn
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml"))
 HEADINGS = ["What", "Prerequisites", "Launch", "Override", "Limits"]
 # What a test machine lacks, or would take too long.
+FORKED = shlex.split(
+    "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp_fork --trainer.precision 32-true"
+)
+ALONE = shlex.split("--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto")
+SMALL_IMAGES = shlex.split("--data.data_dir images --data.image_size 32 --data.batch_size 2 --data.workers 0")
+SMALL_RESNET = [
+    "--model.model_options",
+    '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_chs": 8}',
+]
+SMALL_SETS = shlex.split("--data.validation 40 --data.batch_size 32 --model.model conv_bn --model.model_options null")
 INSTEAD = {
-    "recipes/trainer/gpu.yaml": ["--trainer.accelerator", "cpu"],
-    "recipes/trainer/ddp2.yaml": ["--trainer.strategy", "auto", "--trainer.devices", "1"],
+    "recipes/cifar10.yaml": SMALL_SETS,
+    "recipes/mnist.yaml": SMALL_SETS,
+    "recipes/fashion_mnist.yaml": SMALL_SETS,
+    "recipes/trainer/gpu.yaml": ALONE,
+    "recipes/trainer/ddp2.yaml": FORKED,
+    "recipes/trainer/ddp8.yaml": FORKED,
+    "recipes/trainer/slurm.yaml": [*FORKED, "--trainer.num_nodes", "1"],
+    "recipes/trainer/fsdp2.yaml": ALONE,
+    "recipes/imagenet/resnet": [*FORKED, *SMALL_IMAGES, *SMALL_RESNET],
+    "recipes/imagenet/inception": [*FORKED, *SMALL_IMAGES, "--model.model", "two_heads"],
+    "recipes/imagenet/resnet101v2_hrnn_fsdp2.yaml": ALONE,
     "recipes/meta_train/default.yaml": shlex.split(
         "--model.places 2 --model.window 4 --model.scored_steps 2 --data.instances 2 --data.validation_steps 4"
     ),
@@ -54,11 +79,41 @@ def launch(recipe):
     return [str(ROOT / part) if part.startswith("recipes/") else part for part in arguments]
 
 
+def instead(arguments):
+    """What to run in place of what the recipes that a command names ask for; later ones win."""
+    named = [part.removeprefix(f"{ROOT}/") for part in arguments if "recipes/" in part]
+    return [
+        option for part in named for start, options in INSTEAD.items() if part.startswith(start) for option in options
+    ]
+
+
+class TwoHeads(torch.nn.Module):
+    """Gives auxiliary logits while it trains, like Inception V3, which cannot be made small."""
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.trunk = conv_bn(in_channels, 16, width=4)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(16, num_classes) for _ in range(2))
+
+    def forward(self, images):
+        logits = [head(self.trunk(images)) for head in self.heads]
+        return tuple(logits) if self.training else logits[0]
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    return write_image_folder(tmp_path_factory.mktemp("data") / "images", classes=3, train=8, val=4, size=40)
+
+
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch, image_folder):
     """An empty working directory with generated data where recipes look for theirs."""
     monkeypatch.chdir(tmp_path)
-    write_idx_set(tmp_path / "data" / "FashionMNIST" / "raw", train=400, test=50)
+    for name in ("FashionMNIST", "MNIST"):
+        write_idx_set(tmp_path / "data" / name / "raw", train=400, test=50)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", StoredCIFAR)
+    (tmp_path / "images").symlink_to(image_folder)
+    monkeypatch.setitem(MODELS, "two_heads", TwoHeads)
     return tmp_path
 
 
@@ -89,33 +144,115 @@ def test_a_recipe_prints_as_a_whole_configuration(recipe, capsys):
     check(yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8")), whole, recipe)
 
 
+quiet = pytest.mark.filterwarnings(
+    "ignore:The '.*_dataloader' does not have many workers",  # of a few images
+    "ignore:This process .* is multi-threaded, use of fork",
+)
+
+
+@quiet
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_launch_command_runs(recipe, workplace):
-    options = [*INSTEAD.get(recipe, []), *SHORT]
-    if any("fashion_mnist" in part for part in launch(recipe)):
-        options += ["--data.validation", "40"]
-    assert main([*launch(recipe), *options]) == 0
+    arguments = launch(recipe)
+    assert main([*arguments, *instead(arguments), *SHORT]) == 0
+
+
+@quiet
+def test_resnet101_trains_sharded(workplace):
+    """Two processes, each with its share of the parameters and of the optimizer's state."""
+    recipe = str(ROOT / "recipes/imagenet/resnet101v2_hrnn_fsdp2.yaml")
+    here = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.precision", "32-true"]
+    run_alone(["train", "fit", "--config", recipe, *here, *SMALL_IMAGES, *SMALL_RESNET, *SHORT])
+
+
+@pytest.mark.parametrize("net", ["resnet50v2", "inception_v3"])
+def test_twins_differ_in_nothing_but_the_optimizer(net):
+    """The paper's comparison is fair: same net, data, precision and length."""
+    twins = []
+    for path in sorted((ROOT / "recipes/imagenet").glob(f"{net}_*_ddp.yaml")):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for key in ("optimizer", "lr", "momentum", "weight_decay", "optimizer_options", "schedule", "warmup_steps"):
+            config["model"]["init_args"].pop(key, None)
+        for key in ("decay_epochs", "decay_rate"):
+            config["model"]["init_args"].pop(key, None)
+        callbacks = [c for c in config["trainer"].pop("callbacks") if not c["class_path"].endswith("OptimizerCallback")]
+        assert callbacks[0]["init_args"].pop("dirpath").endswith(path.name.removesuffix("_ddp.yaml"))
+        config["trainer"].pop("gradient_clip_val", None)
+        config["trainer"]["logger"]["init_args"].pop("name")
+        twins.append((config, callbacks))
+    assert len(twins) == 4
+    assert all(twin == twins[0] for twin in twins)
 
 
 @pytest.mark.parametrize("recipe", ["recipes/digits.yaml", "recipes/fashion_mnist.yaml"])
 def test_without_the_callback_the_baseline_trains(recipe, workplace, capsys):
-    sizes = ["--data.validation", "40"] if "fashion" in recipe else []
-    assert main([*launch(recipe), "--trainer.callbacks", "null", *sizes, *SHORT]) == 0
+    arguments = launch(recipe)
+    assert main([*arguments, "--trainer.callbacks", "null", *instead(arguments), *SHORT]) == 0
     assert "HRNN" not in "".join(capsys.readouterr())
 
 
-@pytest.mark.slow
-def test_two_processes_train_together(workplace):
-    """The real thing: `ddp2` launches its second process and both end well."""
-    arguments = ["train", "fit", "--config", str(ROOT / "recipes/digits.yaml"), *SHORT]
-    arguments += ["--config", str(ROOT / "recipes/trainer/ddp2.yaml"), "--trainer.accelerator", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, "-m", "lightning_hrnn", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
+@pytest.mark.parametrize("name", ["hrnn", "sgd", "rmsprop", "adam", "adamw"])
+def test_an_optimizer_fragment_decides_who_trains(name, workplace, monkeypatch):
+    trained = []
+    monkeypatch.setattr(
+        LogWeightsCard, "on_train_start", lambda self, trainer, module: trained.extend(trainer.optimizers)
     )
+    arguments = ["train", "fit", "--config", str(ROOT / "recipes/digits.yaml")]
+    arguments += ["--config", str(ROOT / f"recipes/optimizer/{name}.yaml")]
+    assert main([*arguments, *SHORT]) == 0
+    assert [type(optimizer).__name__.lower() for optimizer in trained] == [name]
+
+
+def run_alone(arguments, **options):
+    """Run a command in a process of its own, which may start others."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lightning_hrnn", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
     assert ran.returncode == 0, ran.stderr
-    assert "MEMBER: 2/2" in ran.stderr
+    return ran.stderr
+
+
+@quiet
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # Lightning's, of a resumed run
+def test_two_processes_are_killed_and_go_on(workplace):
+    """The ImageNet recipe with fragments for the processor and two processes, killed within an epoch."""
+    (workplace / "often.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {
+                    "callbacks": [
+                        {"class_path": "lightning_hrnn.HRNNOptimizerCallback"},
+                        {
+                            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                            "init_args": {"dirpath": "kept", "every_n_train_steps": 4, "save_last": True},
+                        },
+                    ]
+                }
+            }
+        )
+    )
+    fragments = ["imagenet/resnet50v2_hrnn_ddp", "trainer/cpu", "trainer/ddp2"]
+    configs = [part for name in fragments for part in ("--config", str(ROOT / f"recipes/{name}.yaml"))]
+    arguments = ["train", "fit", *configs, "--config", "often.yaml", *SMALL_IMAGES, *SMALL_RESNET, *SHORT[2:]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open("said.txt", "w") as said:
+        running = subprocess.Popen(
+            [sys.executable, "-m", "lightning_hrnn", *arguments, "--trainer.max_epochs", "100000"],
+            stdout=said,
+            stderr=said,
+            env=environment,
+            start_new_session=True,
+        )
+        while running.poll() is None and not list(Path("kept").glob("*step=8.ckpt")):
+            time.sleep(0.2)
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    assert "MEMBER: 2/2" in Path("said.txt").read_text()
+    (saved,) = [path for path in Path("kept").glob("*.ckpt") if path.name != "last.ckpt"]
+    stopped = torch.load(saved, weights_only=False)
+    assert stopped["global_step"] % 6  # 24 images, 2 processes, batches of 2: within an epoch
+    epochs = stopped["epoch"] + 2
+    again = ["--ckpt_path", str(saved), "--trainer.max_epochs", str(epochs), "--trainer.strategy", "ddp_fork"]
+    assert main([*arguments, *again]) == 0
+    assert torch.load("kept/last.ckpt", weights_only=False)["global_step"] == 6 * epochs

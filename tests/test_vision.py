@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.images import write_idx, write_idx_set
+from helpers.images import StoredCIFAR, write_idx, write_idx_set
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -160,18 +160,10 @@ def test_what_is_there_is_not_downloaded(tmp_path, monkeypatch):
 
 
 def test_cifar10_keeps_its_colours(monkeypatch):
-    class Stored:
-        base_folder = "cifar-10-batches-py"
-
-        def __init__(self, root, train):
-            count = 20 if train else 10
-            self.data = torch.arange(count * 32 * 32 * 3).remainder(251).to(torch.uint8).view(count, 32, 32, 3).numpy()
-            self.targets = [i % 10 for i in range(count)]
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Stored)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", StoredCIFAR)
     data = CIFAR10Data("x", validation=0, shift=None)
     image = data.images("test").images[3]
-    assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(Stored("x", False).data[3]))
+    assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(StoredCIFAR("x", False).data[3]))
     assert data.train_transform() == data.eval_transform()
     assert CIFAR10Data("x").train_transform().shift == 4
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "meta-train": "Meta-train the learned optimizer's own weights: fit, validate.",
     "benchmark": "Measure what a step costs, beside SGD, Adam and AdamW, and how fast meta-training is.",
     "evaluate": "Compare the learned optimizer, untuned, with baselines tuned for each task.",
+    "compare": "Put training runs side by side: losses over steps and over time, as a figure and a table.",
     "info": "Show the shipped weights, their cards and checksums, versions, and what can run here.",
 }
 """Commands and what they do; `x-y` lives in the module `lightning_hrnn.cli.x_y` as `run(arguments)`."""

@@ -7,14 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.parser import parser_options
 from lightning_hrnn.cli.run_report import write_run_report
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the whole configuration, as `config.yaml` in the folder of the run and with Weights & Biases."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand it to Weights & Biases; Lightning writes the file."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update({"configuration": config}, allow_val_change=True)
 
 
 class CommandCLI(LightningCLI):
@@ -119,6 +131,7 @@ def run_lightning(
     prog: str,
     description: str,
     examples: str,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
     """Run one of Lightning's subcommands.
 
@@ -129,12 +142,15 @@ def run_lightning(
         prog: The command, as the user types it.
         description: What the help says first.
         examples: What the help says last.
+        callbacks: Part of every run, besides those that the user names.
     """
     subcommands = {name: parser_options() for name in CommandCLI.subcommands()}
     CommandCLI(
         module,
         data,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
+        trainer_defaults={"callbacks": list(callbacks)},
         parser_kwargs={"prog": prog, "description": description, **parser_options(examples), **subcommands},
         subclass_mode_model=True,
         subclass_mode_data=True,

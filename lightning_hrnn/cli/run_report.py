@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,9 +9,8 @@ from lightning.pytorch import Trainer
 
 from lightning_hrnn.evaluation.plots import Panel, plot_panels
 from lightning_hrnn.evaluation.report import Column, Report
+from lightning_hrnn.evaluation.runs import METRICS, NOT_METRICS, Curve, read_curves, spans_decades
 
-Curve = tuple[list[float], list[float]]
-NOT_CURVES = ("step", "epoch")
 STAGES = ("train", "val", "test")
 MOST_PANELS = 4
 MOST_CURVES = 8
@@ -33,7 +30,7 @@ def write_run_report(out: Path, command: str, trainer: Trainer) -> Report:
     """
     figures = {}
     config = Path(trainer.log_dir or out, "config.yaml")
-    panels = panels_of(read_curves(out / "metrics.csv"))
+    panels = panels_of(logged(out / METRICS))
     if panels:
         plot_panels(panels, out / "curves.png", command)
         figures["curves.png"] = "What was logged, against steps"
@@ -51,17 +48,10 @@ def write_run_report(out: Path, command: str, trainer: Trainer) -> Report:
     return report
 
 
-def read_curves(path: Path) -> dict[str, Curve]:
-    """Return the metrics of a `CSVLogger`'s file as name -> (steps, values); nothing if there is no such file."""
-    curves: dict[str, Curve] = defaultdict(lambda: ([], []))
-    if path.is_file():
-        with path.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    if value and row.get("step") and name not in NOT_CURVES:
-                        curves[name][0].append(float(row["step"]))
-                        curves[name][1].append(float(value))
-    return {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
+def logged(path: Path) -> dict[str, Curve]:
+    """Return what a `CSVLogger`'s file holds more than one value of; nothing if there is no such file."""
+    curves = read_curves(path) if path.is_file() else {}
+    return {name: curve for name, curve in curves.items() if len(curve[0]) > 1 and name not in NOT_METRICS}
 
 
 def panels_of(curves: dict[str, Curve]) -> list[Panel]:
@@ -78,12 +68,6 @@ def panels_of(curves: dict[str, Curve]) -> list[Panel]:
     quantities = {name: shown for name, shown in quantities.items() if shown}
     shown = sorted(quantities, key=lambda quantity: ("loss" not in quantity, quantity))[:MOST_PANELS]
     return [
-        Panel(quantity, "optimizer steps", quantity, quantities[quantity], log=_spans_decades(quantities[quantity]))
+        Panel(quantity, "optimizer steps", quantity, quantities[quantity], log=spans_decades(quantities[quantity]))
         for quantity in shown
     ]
-
-
-def _spans_decades(curves: dict[str, Curve]) -> bool:
-    """Whether all values are positive and the largest is over ten times the smallest."""
-    values = [value for _, ys in curves.values() for value in ys if math.isfinite(value)]
-    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)

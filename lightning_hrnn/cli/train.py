@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_hrnn.cli.lightning import run_lightning
 from lightning_hrnn.cli.parser import PROGRAM
+from lightning_hrnn.tracking import LogWeightsCard, RunClock
 
 EXAMPLES = f"""\
   {PROGRAM} train fit --config recipes/digits.yaml
@@ -30,6 +31,7 @@ def run(arguments: Sequence[str]) -> None:
         prog=f"{PROGRAM} train",
         description="Train, validate, test or predict with any LightningModule; `fit --help` shows the options.",
         examples=EXAMPLES,
+        callbacks=[RunClock(), LogWeightsCard()],
     )
 
 
