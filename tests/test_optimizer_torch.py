@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.modules import Batches, Regression, attentive_rule, by_hand, same_state
+from helpers.modules import Batches, Regression, attentive_rule, same_state
 from torch import nn
 from torch.amp import GradScaler
 from torch.profiler import ProfilerActivity, profile
@@ -21,6 +21,17 @@ def steps(optimizer, module, batches):
         optimizer.zero_grad()
         module.loss(batch).backward()
         optimizer.step()
+
+
+def plainly(module, batches, accumulate=1, **options):
+    """The steps that all others are to equal."""
+    optimizer = HRNN(module.parameters(), **options)
+    for index, batch in enumerate(batches):
+        with optimizer.attend():
+            (module.loss(batch) / accumulate).backward()
+        if (index + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def trained(count=3, **options):
@@ -73,7 +84,7 @@ def test_a_pre_hook_may_give_the_closure():
 
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, closure), {}))
     assert optimizer.step() > 0
-    by_hand(plain, [batch], epochs=1)
+    plainly(plain, [batch])
     assert calls == [1]
     assert same_state(dict(module.state_dict()), dict(plain.state_dict()))
 
@@ -173,7 +184,7 @@ def test_a_compiled_model_takes_the_same_steps(backend):
         optimizer.zero_grad()
         (compiled(inputs) - targets).square().mean().backward()
         optimizer.step()
-    by_hand(plain, batches, epochs=1)
+    plainly(plain, batches)
     torch.testing.assert_close(list(module.parameters()), list(plain.parameters()))
 
 
@@ -191,7 +202,7 @@ def test_under_a_grad_scaler_an_overflow_touches_nothing():
         assert same_state(before, after) == (index == 1)
     assert (optimizer.skipped_steps, scaler.get_scale()) == (0, 2.0**9)
     items = [batch for index, batch in enumerate(batches) if index != 1]
-    by_hand(plain, items, epochs=1)
+    plainly(plain, items)
     assert same_state(dict(module.state_dict()), dict(plain.state_dict()))
 
 
@@ -241,7 +252,7 @@ def test_a_wrapper_that_steps_without_closure(scaled):
         wrapper.zero_grad()
         if wrapper.gradients_are_ready:
             schedule.step()
-    by_hand(plain, batches, epochs=1, accumulate=2, weights=rule)
+    plainly(plain, batches, accumulate=2, weights=rule)
     assert same_state(dict(module.state_dict()), dict(plain.state_dict()))
     fresh = HRNN(Regression().parameters(), weights=rule)
     Accelerated(fresh).load_state_dict(wrapper.state_dict())
@@ -255,7 +266,7 @@ def test_a_closure_that_does_nothing_is_a_step_on_the_gradients_there_are():
         optimizer.zero_grad()
         module.loss(batch).backward()
         assert optimizer.step(lambda: None) is None
-    by_hand(plain, batches, epochs=1)
+    plainly(plain, batches)
     assert same_state(dict(module.state_dict()), dict(plain.state_dict()))
 
 

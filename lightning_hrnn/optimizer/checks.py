@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.optimizer.sharding import why_unsupported
-from lightning_hrnn.optimizer.state import LOOKAHEAD, STATE_KEYS
+from lightning_hrnn.optimizer.state import FALLBACK_LR, LOOKAHEAD, STATE_KEYS, note_of
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -56,6 +56,11 @@ def check_kind(state_dict: dict[str, Any]) -> None:
     """Refuse what is not the state of an `HRNN`."""
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"This is not an optimizer's state: it has the keys {sorted(map(str, state_dict))}.")
+    if FALLBACK_LR in note_of(state_dict):
+        raise ValueError(
+            "This state is AdamW's, to which HRNN had fallen back. Go on from it with HRNNWithFallback, in Lightning "
+            "by HRNNOptimizerCallback(on_divergence='adamw')."
+        )
     for index, state in state_dict["state"].items():
         missing = [key for key in STATE_KEYS if key not in state]
         foreign = sorted(str(key) for key in state if key not in (*STATE_KEYS, LOOKAHEAD))

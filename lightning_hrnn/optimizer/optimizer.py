@@ -123,6 +123,10 @@ class HRNN(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._begin_group(group)
+
+    def _begin_group(self, group: dict[str, Any]) -> None:
+        """Give the parameters of a group their state."""
         log_rate = math.log(group["initial_rate"] or self._first_rate)
         for param in group["params"]:
             rule = self._rule_on(param.device)
@@ -173,10 +177,14 @@ class HRNN(Optimizer):
             with torch.enable_grad(), self.attend():
                 loss = closure()
         self.end_attention()
+        self._advance()
+        return loss
+
+    def _advance(self) -> None:
+        """Move the parameters by the gradients they have."""
         params, work = self._members()
         if params:
             self._update(params, work)
-        return loss
 
     def _members(self) -> tuple[list[Tensor], list[TensorWork]]:
         """Return the parameters that move in this step, on every rank the same; none if a gradient is not finite."""
@@ -298,6 +306,11 @@ class HRNN(Optimizer):
     def weights_name(self) -> str:
         """Name the weights."""
         return self._weights_name
+
+    @property
+    def rule(self) -> HierarchicalRNN:
+        """Return the rule, on the CPU, to be read only."""
+        return self._rules[torch.device("cpu")]
 
     @property
     def card(self) -> dict[str, Any]:

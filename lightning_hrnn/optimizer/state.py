@@ -31,6 +31,7 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 STATE_KEYS = ("hidden", "average", "square", "log_rate", "tensor_hidden", "global_hidden", "age")
 LOOKAHEAD = "lookahead"
 NOTE = "hrnn"  # of a saved state: the weights it belongs to, and the steps skipped
+FALLBACK_LR = "fallback_lr"  # in that note: the state is AdamW's, which the optimizer fell back to
 
 
 def initial_state(
