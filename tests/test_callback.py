@@ -127,7 +127,7 @@ def test_after_an_exception_the_module_is_as_before_and_fits(tmp_path):
         quiet_trainer(tmp_path, HRNNOptimizerCallback(rule)).fit(module, batches)
     assert "configure_optimizers" not in vars(module)
     batches.items = batches.items[:3]
-    by_hand(plain, batches, epochs=1, weights=rule, weight_decay=0.01)
+    by_hand(plain, batches, epochs=1, weights=rule, weight_decay=0.01, cool=False)  # it ended before the cooldown
     assert_equal_params(module, plain)  # the true weights, though the exception came at the attended ones
     module.fails = False
     quiet_trainer(tmp_path, HRNNOptimizerCallback(rule)).fit(module, batches)
@@ -278,7 +278,7 @@ def test_configure_hrnn_takes_lightning_modules_only():
 def test_hrnn_optimizers_is_a_modules_own_line(tmp_path):
     module, plain, batches = Regression(lambda module: hrnn_optimizers(module, lr=0.5)), Regression(), Batches()
     quiet_trainer(tmp_path).fit(module, batches)
-    by_hand(plain, batches, lr=0.5)
+    by_hand(plain, batches, lr=0.5, cool=False)  # who wants the cooldown adds the callback
     assert_equal_params(module, plain)
 
 

@@ -229,7 +229,8 @@ def test_other_weights_are_told_apart_when_resuming(tmp_path):
 def test_the_state_keeps_single_precision(tmp_path):
     def run(max_epochs, **fit):
         module = Regression()
-        trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(), max_epochs=max_epochs, precision="bf16-true")
+        callback = HRNNOptimizerCallback(cooldown=0)  # which the half run would end with
+        trainer = quiet_trainer(tmp_path, callback, max_epochs=max_epochs, precision="bf16-true")
         trainer.fit(module, Batches(3), **fit)
         return module, trainer
 

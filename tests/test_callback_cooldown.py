@@ -102,19 +102,20 @@ def test_a_share_out_of_range_is_refused(share):
         configure_hrnn(Regression(), cooldown=share)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_run_that_was_cut_short_goes_on_cooling_down(tmp_path):
     whole, half, resumed = Regression(), Regression(), Regression()
     trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(), max_epochs=3)
     trainer.fit(whole, Batches(4))
-    saves = ModelCheckpoint(tmp_path, save_last=True)
+    saves = ModelCheckpoint(tmp_path / "saved", save_last=True)
     watch = Watch(stop_after=8)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         quiet_trainer(tmp_path, HRNNOptimizerCallback(), saves, watch, max_epochs=3, enable_checkpointing=True).fit(
             half, Batches(4)
         )
-    saves = ModelCheckpoint(tmp_path, save_last=True)
+    saves = ModelCheckpoint(tmp_path / "saved", save_last=True)
     end = quiet_trainer(tmp_path, HRNNOptimizerCallback(), saves, max_epochs=3, enable_checkpointing=True)
-    end.fit(resumed, Batches(4), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    end.fit(resumed, Batches(4), ckpt_path=tmp_path / "saved" / "last.ckpt", weights_only=False)
     assert watch.seen[-1] < 1
     assert same_state(resumed.state_dict(), whole.state_dict())
     assert same_state(end.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())

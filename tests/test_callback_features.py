@@ -111,10 +111,10 @@ def test_a_training_step_may_return_none(tmp_path, when):
             return None if when == "every" or batch_idx == 1 else loss
 
     module, plain, batches = Silent(), Regression(), Batches(3)
-    trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(), max_epochs=1)
+    trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(cooldown=0), max_epochs=1)
     trainer.fit(module, batches)
     batches.items = [] if when == "every" else batches.items[::2]
-    optimizer = by_hand(plain, batches, epochs=1, weight_decay=0.01)
+    optimizer = by_hand(plain, batches, epochs=1, weight_decay=0.01, cool=False)
     assert same_state(module.state_dict(), plain.state_dict())
     assert same_state(state_of(trainer), optimizer.state_dict()["state"])
 
