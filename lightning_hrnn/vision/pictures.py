@@ -142,13 +142,10 @@ def draw_confusion(counts: Tensor, names: list[str]) -> Tensor:
     """
     from matplotlib.figure import Figure
 
+    chosen = most_confused(counts)
     title = "Shares of each class"
-    if len(counts) > MOST_CLASSES:
-        wrong = counts.sum(1) + counts.sum(0) - 2 * counts.diagonal()
-        chosen = wrong.topk(MOST_CLASSES).indices.sort().values
-        title = f"Shares of each class: the {MOST_CLASSES} of {len(counts)} confused most"
-    else:
-        chosen = torch.arange(len(counts))
+    if len(chosen) < len(counts):
+        title += f": the {len(chosen)} of {len(counts)} confused most"
     shares = counts[chosen][:, chosen] / counts[chosen].sum(1, keepdim=True).clamp(min=1)
     shown = [names[int(index)] for index in chosen]
     figure = Figure(figsize=(3 + 0.35 * len(shown), 2.4 + 0.35 * len(shown)), dpi=100, layout="constrained")
@@ -160,6 +157,17 @@ def draw_confusion(counts: Tensor, names: list[str]) -> Tensor:
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.8)
     return pixels(figure)
+
+
+def most_confused(counts: Tensor, most: int = MOST_CLASSES) -> Tensor:
+    """Return the classes, at most so many and ascending, that are taken for others or others for them most often.
+
+    Example:
+        >>> most_confused(torch.tensor([[9, 0, 1], [0, 9, 0], [0, 0, 9]]), most=2)
+        tensor([0, 2])
+    """
+    wrong = counts.sum(1) + counts.sum(0) - 2 * counts.diagonal()
+    return wrong.topk(min(most, len(counts))).indices.sort().values
 
 
 def pixels(figure: Figure) -> Tensor:
