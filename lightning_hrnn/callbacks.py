@@ -6,11 +6,11 @@ use attention, it also moves the parameters to the point where the next gradient
 true weights at all times except between the start of a training batch and the end of its backward pass.
 """
 
-from collections.abc import Sequence
-from dataclasses import fields
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,12 +28,15 @@ from lightning_hrnn.configure import (
     wrap_for_fit,
     wrap_for_good,
 )
+from lightning_hrnn.divergence import DivergenceWatch, OnDivergence
+from lightning_hrnn.optimizer.adapt import OtherWeights
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 from lightning_hrnn.optimizer.schedule import SHARE, cooldown
-from lightning_hrnn.optimizer.state import note_of
+from lightning_hrnn.optimizer.state import FALLBACK_LR, note_of
 from lightning_hrnn.progress import progress
+from lightning_hrnn.telemetry import Detail, Telemetry
 
 __all__ = ["HRNNOptimizerCallback", "configure_hrnn", "hrnn_optimizers"]
 
@@ -70,6 +73,15 @@ class HRNNOptimizerCallback(Callback):
         cooldown: share of the run, its last part, over which the learned rates go down to zero on a straight line: the
             noise of the steps settles, and the loss with it. Where `max_steps` or `max_epochs` says when the fit
             ends; with `schedulers="keep"` the module's schedulers do it instead. 0 for none.
+        telemetry: what goes to the Trainer's loggers as `hrnn/...` every `log_every_n_steps`: `"model"`, one number
+            each for the model; `"tensor"`, also one for each tensor; `"off"`, nothing. Unless off, one line at the
+            start of a fit says what memory and time the optimizer takes.
+        on_divergence: what happens when loss or gradients have not been finite for `patience` steps in a row.
+            `"stop"`: a `DivergenceError`. `"adamw"`: the fit goes on as AdamW, from weights of before; two copies of
+            the weights stay on the device for it. `"ignore"`: such steps are skipped for ever.
+        patience: steps in a row, after which a fit counts as diverged.
+        other_weights: what happens on resuming from a checkpoint made with other weights. `"refuse"`: an error.
+            `"adapt"`: averages and learned rates are kept, hidden states start anew.
 
     Raises:
         ValueError: an argument out of range.
@@ -90,8 +102,20 @@ class HRNNOptimizerCallback(Callback):
         kernel: str = "auto",
         initial_rate: float | None = None,
         cooldown: float = SHARE,
+        telemetry: Detail = "model",
+        on_divergence: OnDivergence = "stop",
+        patience: int = 50,
+        other_weights: OtherWeights = "refuse",
     ) -> None:
-        self.options = HRNNOptions(weights, lr, weight_decay, schedulers, kernel, initial_rate, cooldown)
+        if telemetry not in get_args(Detail):
+            raise ValueError(f"telemetry must be one of {get_args(Detail)}, not {telemetry!r}")
+        if patience < 1:
+            raise ValueError(f"patience is a number of steps and must be at least 1, not {patience}")
+        self.options = HRNNOptions(
+            weights, lr, weight_decay, schedulers, kernel, initial_rate, cooldown, other_weights, on_divergence
+        )
+        self._telemetry = Telemetry(telemetry, kernel)
+        self._watch = DivergenceWatch(on_divergence, patience)
         self._at_start: list[list[float]] = []  # lr by optimizer and param group, while there is something to notice
 
     # -- injection
@@ -122,6 +146,7 @@ class HRNNOptimizerCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Move the parameters to the point where the gradient is to be taken, and see how far the fit has come."""
+        self._watch.before_batch(trainer, pl_module)
         multiplier = self._multiplier(trainer)
         for optimizer in _hrnns(trainer):
             optimizer.begin_attention()
@@ -140,13 +165,17 @@ class HRNNOptimizerCallback(Callback):
         """Return to the true weights, even if a gradient scaler skips the step."""
         if isinstance(optimizer, HRNN):
             optimizer.end_attention()
+        self._telemetry.before_step(trainer, optimizer)
+        self._watch.before_step(optimizer)
         self._warn_of_step_lengths(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Return to the true weights, whatever the batch did."""
+        """Return to the true weights, whatever the batch did; log and watch."""
         _end_attention(trainer)
+        self._telemetry.after_batch(trainer, _hrnns(trainer))
+        self._watch.after_batch(trainer, pl_module, outputs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Return to the true weights, should a hook have cut the epoch short."""
@@ -159,11 +188,14 @@ class HRNNOptimizerCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Return to the true weights."""
         _end_attention(trainer)
+        self._telemetry.end(trainer)
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _end_attention(trainer)
         for optimizer in _hrnns(trainer):
             optimizer.cooldown = 1.0
+        self._telemetry.clear()
+        self._watch.clear()
         unwrap_after_fit(pl_module)
 
     # -- checkpoints
@@ -177,10 +209,16 @@ class HRNNOptimizerCallback(Callback):
             checkpoint.setdefault("callbacks", {})[self.state_key] = {"weights": names}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume what another optimizer began."""
-        if trainer.state.fn == TrainerFn.FITTING and any(
-            state and not note_of(state) for state in checkpoint.get("optimizer_states", [])
-        ):
+        """Refuse to resume what another optimizer began, and what fell back without a way to go on."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        notes = [note_of(state) for state in checkpoint.get("optimizer_states", []) if state]
+        if self.options.on_divergence != "adamw" and any(FALLBACK_LR in note for note in notes):
+            raise MisconfigurationException(
+                "The run of this checkpoint diverged and fell back to AdamW, whose state it holds. Resume it with "
+                "HRNNOptimizerCallback(on_divergence='adamw'), or from a checkpoint of before the divergence."
+            )
+        if not all(notes):
             raise MisconfigurationException(
                 "The checkpoint holds the state of another optimizer than HRNN, which cannot go on from it. Resume "
                 "without HRNNOptimizerCallback; or start HRNN from its weights alone, by "
@@ -190,9 +228,11 @@ class HRNNOptimizerCallback(Callback):
     # -- learning rates written by others
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the multipliers, to notice who takes them for step lengths."""
+        """Remember the multipliers, to notice who takes them for step lengths; begin to log and to watch."""
         keeps = self.options.schedulers == "keep"
         self._at_start = [[group["lr"] for group in opt.param_groups] for opt in _hrnns(trainer) if not keeps]
+        self._telemetry.start(trainer, pl_module, _hrnns(trainer))
+        self._watch.start(trainer, _hrnns(trainer))
 
     def _warn_of_step_lengths(self, trainer: Trainer) -> None:
         """Warn once if something has written a learning rate that looks like a step length."""
@@ -210,41 +250,52 @@ class HRNNOptimizerCallback(Callback):
                     return
 
 
-def configure_hrnn(
-    module: LightningModule,
-    weights: str | Path | HierarchicalRNN = DEFAULT_WEIGHTS,
-    lr: float = 1.0,
-    weight_decay: float | None = None,
-    schedulers: SchedulerPolicy = "drop",
-    kernel: str = "auto",
-    initial_rate: float | None = None,
-    cooldown: float = SHARE,
-) -> LightningModule:
+Options = ParamSpec("Options")
+MakeCallback = Callable[[], HRNNOptimizerCallback]
+
+
+def _takes_options_of(
+    make: Callable[Options, HRNNOptimizerCallback],
+) -> Callable[
+    [Callable[[LightningModule, MakeCallback], LightningModule]],
+    Callable[Concatenate[LightningModule, Options], LightningModule],
+]:
+    """Give a function of a module and of what makes a callback the arguments of the callback."""
+
+    def decorate(
+        function: Callable[[LightningModule, MakeCallback], LightningModule],
+    ) -> Callable[Concatenate[LightningModule, Options], LightningModule]:
+        @wraps(function)
+        def wrapper(module: LightningModule, /, *args: Options.args, **kwargs: Options.kwargs) -> LightningModule:
+            return function(module, partial(make, *args, **kwargs))
+
+        own, options = signature(function), signature(make).parameters.values()
+        wrapper.__signature__ = own.replace(parameters=[own.parameters["module"], *options])  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
+@_takes_options_of(HRNNOptimizerCallback)
+def configure_hrnn(module: LightningModule, make_callback: MakeCallback) -> LightningModule:
     """Make `HRNN` the optimizer of a module for good, also one that has no `configure_optimizers`.
 
-    A module without `configure_optimizers` is trained in all its trainable parameters, without weight decay unless
-    asked for; any other has its optimizers converted as by `HRNNOptimizerCallback`, which the module brings along to
-    every Trainer that has none.
-
-    Args:
-        module: changed in place; gains neither parameters nor submodules.
-        weights: see `HRNNOptimizerCallback`, as for the other arguments.
-        lr: multiplier of the learned rates.
-        weight_decay: decoupled weight decay, in units of the learned rate.
-        schedulers: what becomes of the module's learning-rate schedulers.
-        kernel: what computes the step.
-        initial_rate: first learned rate.
-        cooldown: share of the run over which the learned rates go down to zero.
+    Takes the module, and all arguments of `HRNNOptimizerCallback`. A module without `configure_optimizers` is trained
+    in all its trainable parameters, without weight decay unless asked for; any other has its optimizers converted as
+    by the callback, which the module brings along to every Trainer that has none. It gains neither parameters nor
+    submodules.
 
     Returns:
-        The module.
+        The module, changed in place.
 
     Raises:
         TypeError: not a LightningModule.
+        ValueError: as `HRNNOptimizerCallback`.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> type(configure_hrnn(BoringModel()).configure_optimizers()[0][0]).__name__
+        >>> module = configure_hrnn(BoringModel(), lr=0.5)
+        >>> type(module.configure_optimizers()[0][0]).__name__
         'HRNN'
     """
     target = getattr(module, "_orig_mod", module)  # of torch.compile
@@ -253,25 +304,23 @@ def configure_hrnn(
             f"configure_hrnn takes a LightningModule, not {type(module).__name__}. In a plain loop write "
             "`optimizer = HRNN(module.parameters())`."
         )
-    options = HRNNOptions(weights, lr, weight_decay, schedulers, kernel, initial_rate, cooldown)
-    wrap_for_good(target, options)
+    wrap_for_good(target, make_callback().options)
     current = vars(target).get("configure_callbacks")
     if isinstance(current, partial) and current.func is _bring_callback:
         current = current.args[1]
     target.configure_callbacks = partial(  # type: ignore[method-assign]
-        _bring_callback, target, current, options
+        _bring_callback, target, current, make_callback
     )
     return module
 
 
-def _bring_callback(module: LightningModule, own: Any, options: HRNNOptions) -> list[Callback]:
+def _bring_callback(module: LightningModule, own: Any, make_callback: MakeCallback) -> list[Callback]:
     """Stand in for `module.configure_callbacks`; `own` is what the instance had in its place, if anything."""
     returned = own() if own else type(module).configure_callbacks(module)
     callbacks = list(returned) if isinstance(returned, Sequence) else [returned]
     if any(isinstance(callback, HRNNOptimizerCallback) for callback in [*callbacks, *_callbacks(module.trainer)]):
         return callbacks
-    arguments = {field.name: getattr(options, field.name) for field in fields(options)}
-    return [*callbacks, HRNNOptimizerCallback(**arguments)]
+    return [*callbacks, make_callback()]
 
 
 def _check_trainer(trainer: Trainer) -> None:

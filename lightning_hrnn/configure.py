@@ -6,6 +6,7 @@ see `HRNNOptions.lr`. The method is wrapped on the instance by a `functools.part
 Lightning looks through, and which survives pickling (ddp_spawn) and deepcopy (weight averaging).
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_hrnn.divergence import OnDivergence
+from lightning_hrnn.optimizer.adapt import OtherWeights
+from lightning_hrnn.optimizer.fallback import DEFAULT_FALLBACK_LR, HRNNWithFallback
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, read_card
@@ -51,6 +55,9 @@ class HRNNOptions:
         initial_rate: first learned rate; see `HRNN`.
         cooldown: share of the run, its last part, over which the learned rates go down to zero, from 0 to 1; see
             `HRNNOptimizerCallback`.
+        other_weights: what becomes of a saved state made with other weights; see `HRNN`.
+        on_divergence: `"adamw"` builds optimizers that can fall back to AdamW, at the learning rate of the one they
+            stand in for if that is of Adam's family; see `HRNNOptimizerCallback`.
 
     Raises:
         ValueError: a number out of range, an unknown policy, or unknown weights.
@@ -63,6 +70,8 @@ class HRNNOptions:
     kernel: str = "auto"
     initial_rate: float | None = None
     cooldown: float = SHARE
+    other_weights: OtherWeights = "refuse"
+    on_divergence: OnDivergence = "stop"
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr < float("inf"):
@@ -71,8 +80,13 @@ class HRNNOptions:
             raise ValueError(f"weight_decay must be None or >= 0 and finite, not {self.weight_decay}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"cooldown is a share of the run and must be from 0 to 1, not {self.cooldown}")
-        if self.schedulers not in get_args(SchedulerPolicy):
-            raise ValueError(f"schedulers must be one of {get_args(SchedulerPolicy)}, not {self.schedulers!r}")
+        for name, choices in (
+            ("schedulers", SchedulerPolicy),
+            ("other_weights", OtherWeights),
+            ("on_divergence", OnDivergence),
+        ):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
         if not isinstance(self.weights, HierarchicalRNN):
             read_card(self.weights)
 
@@ -81,16 +95,19 @@ class HRNNOptions:
         """Name the weights."""
         return "a rule of your own" if isinstance(self.weights, HierarchicalRNN) else str(self.weights)
 
-    def build(self, params: Any, weight_decay: float = 0.0) -> HRNN:
+    def build(self, params: Any, weight_decay: float = 0.0, fallback_lr: float = DEFAULT_FALLBACK_LR) -> HRNN:
         """Return the optimizer of these options over parameters or param groups."""
-        return HRNN(
-            params,
-            weights=self.weights,
-            lr=self.lr,
-            weight_decay=weight_decay,
-            kernel=self.kernel,
-            initial_rate=self.initial_rate,
-        )
+        options: dict[str, Any] = {
+            "weights": self.weights,
+            "lr": self.lr,
+            "weight_decay": weight_decay,
+            "kernel": self.kernel,
+            "initial_rate": self.initial_rate,
+            "other_weights": self.other_weights,
+        }
+        if self.on_divergence == "adamw":
+            return HRNNWithFallback(params, fallback_lr=fallback_lr, **options)
+        return HRNN(params, **options)
 
 
 def hrnn_optimizers(
@@ -120,14 +137,17 @@ def hrnn_optimizers(
             def configure_optimizers(self):
                 return hrnn_optimizers(self)
     """
+    return _over_all(module, HRNNOptions(weights, lr, weight_decay, kernel=kernel, initial_rate=initial_rate))
+
+
+def _over_all(module: LightningModule, options: HRNNOptions) -> HRNN:
     params = [param for param in module.parameters() if param.requires_grad]
     if not params:
         raise ValueError(
             f"{type(module).__name__} has no trainable parameter. Unfreeze some, or build layers made in "
             "`configure_model` before the optimizer."
         )
-    options = HRNNOptions(weights, lr, weight_decay, kernel=kernel, initial_rate=initial_rate)
-    return options.build(params, weight_decay)
+    return options.build(params, options.weight_decay or 0.0)
 
 
 class Conversion:
@@ -189,7 +209,9 @@ class Conversion:
         if old not in self.new:
             self._check(old)
             bound = [s for s in self.schedulers if s.optimizer is old]
-            self.new[old] = self.options.build(self._groups(old, bound))
+            groups, unit = self._groups(old, bound), self.units[old]
+            as_adam = "betas" in old.defaults and math.isfinite(unit)  # its learning rate suits AdamW
+            self.new[old] = self.options.build(groups, fallback_lr=unit if as_adam else DEFAULT_FALLBACK_LR)
         return self.new[old]
 
     def _groups(self, old: Optimizer, schedulers: list[LRScheduler]) -> list[dict[str, Any]]:
@@ -323,9 +345,8 @@ def _convert_for_fit(module: LightningModule, own: Callable[[], Any] | None, opt
 
 def _convert_always(module: LightningModule, own: Callable[[], Any] | None, options: HRNNOptions) -> Any:
     if own is None and type(module).configure_optimizers is LightningModule.configure_optimizers:
-        decay = options.weight_decay or 0.0
         rank_zero_info(f"configure_hrnn: HRNN (weights: {options.weights_name}) for all trainable parameters.")
-        return hrnn_optimizers(module, options.weights, options.lr, decay, options.kernel, options.initial_rate)
+        return _over_all(module, options)
     conversion = Conversion(own() if own else type(module).configure_optimizers(module), options)
     rank_zero_info(f"configure_hrnn: {conversion}")
     return conversion.result

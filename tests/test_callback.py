@@ -36,7 +36,9 @@ def assert_equal_params(left, right):
 
 
 def said(caplog):
-    return [record.getMessage() for record in caplog.records if "HRNN" in record.getMessage()]
+    """What was replaced; what it costs is the telemetry's to say."""
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if "HRNN" in message and not message.startswith("HRNN: ")]
 
 
 # ---------------------------------------------------------------- what a fit does

@@ -20,9 +20,11 @@ MAY_IMPORT = {
     # The unroll and what it takes; real models to measure on.
     "evaluation": {"version", "optimizer", "tasks", "meta.unroll", "meta.population", "meta.memory", "vision"},
     "schedulers": set(),
-    "configure": {"version", "optimizer", "schedulers"},
+    "divergence": {"optimizer"},
+    "telemetry": {"optimizer"},
+    "configure": {"version", "optimizer", "schedulers", "divergence"},
     "progress": set(),
-    "callbacks": {"version", "optimizer", "schedulers", "progress", "configure"},
+    "callbacks": {"version", "optimizer", "schedulers", "progress", "configure", "divergence", "telemetry"},
     "datamodule": {"version", "tasks", "meta", "evaluation"},
     "module": {"version", "optimizer", "tasks", "meta", "evaluation", "datamodule"},
     "export": {"version", "module"},
@@ -38,7 +40,12 @@ TORCH = {"torch", "typing_extensions"}
 CORE = TORCH | {"jsonargparse", "lightning", "rich", "safetensors", "yaml"}
 VISION = CORE | {"PIL", "matplotlib", "sklearn", "timm", "torchmetrics", "torchvision"}
 TORCH_ONLY = {"optimizer": TORCH | {"safetensors", "triton"}, "tasks": TORCH, "meta": TORCH}
-MAY_NEED = TORCH_ONLY | {"tracking": CORE | {"matplotlib"}, "vision": VISION, "evaluation": VISION}
+MAY_NEED = TORCH_ONLY | {
+    "telemetry": CORE | {"wandb"},
+    "tracking": CORE | {"matplotlib"},
+    "vision": VISION,
+    "evaluation": VISION,
+}
 
 
 def imports(source: str, module: str) -> list[tuple[int, str]]:

@@ -339,5 +339,5 @@ def test_a_state_of_more_tensors_cannot_be_adapted():
 
 
 def test_other_weights_must_be_one_of_two():
-    with pytest.raises(ValueError, match=r"other_weights must be one of \['refuse', 'adapt'\], not 'hope'"):
+    with pytest.raises(ValueError, match=r"other_weights must be one of \('refuse', 'adapt'\), not 'hope'"):
         HRNN(Regression().parameters(), other_weights="hope")

@@ -6,10 +6,11 @@ is the private language of the weights that wrote it, so it starts anew.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning_hrnn.optimizer.state import NOTE, note_of
 
+OtherWeights = Literal["refuse", "adapt"]
 CARRIED = ("average", "square", "log_rate", "age")
 
 

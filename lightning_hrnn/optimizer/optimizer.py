@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from copy import deepcopy
 from itertools import compress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hrnn.optimizer.adapt import adapt_state
+from lightning_hrnn.optimizer.adapt import OtherWeights, adapt_state
 from lightning_hrnn.optimizer.checks import check_fit, check_gradient, check_group, check_kind, check_one_device
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import FromAbove, StepKernel, TensorWork, choose_kernel
@@ -38,8 +38,6 @@ from lightning_hrnn.optimizer.levels import (
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, load_pretrained
 from lightning_hrnn.optimizer.sharding import Ranks, local, local_grad
 from lightning_hrnn.optimizer.state import LOOKAHEAD, NOTE, STATE_DTYPES, initial_state, loaded_state, note_of
-
-OTHER_WEIGHTS = ("refuse", "adapt")
 
 
 class HRNN(Optimizer):
@@ -86,10 +84,10 @@ class HRNN(Optimizer):
         initial_rate: float | None = None,
         kernel: str = "auto",
         state_dtype: torch.dtype = torch.float32,
-        other_weights: str = "refuse",
+        other_weights: OtherWeights = "refuse",
     ) -> None:
-        if other_weights not in OTHER_WEIGHTS:
-            raise ValueError(f"other_weights must be one of {list(OTHER_WEIGHTS)}, not {other_weights!r}.")
+        if other_weights not in (choices := get_args(OtherWeights)):
+            raise ValueError(f"other_weights must be one of {choices}, not {other_weights!r}.")
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype must be one of {list(STATE_DTYPES)}, not {state_dtype}.")
         rule = weights if isinstance(weights, HierarchicalRNN) else load_pretrained(weights)
