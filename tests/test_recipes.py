@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
 from helpers.images import StoredCIFAR, write_idx_set
+from helpers.ranks import run_on_ranks
+from torch.distributed.tensor import DTensor
 
 from lightning_hrnn.cli import main
+from lightning_hrnn.evaluation.runs import read_curves
 from lightning_hrnn.tracking import LogWeightsCard
 from lightning_hrnn.vision import MODELS, write_image_folder
 from lightning_hrnn.vision.models import conv_bn
@@ -23,9 +27,8 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml"))
 HEADINGS = ["What", "Prerequisites", "Launch", "Override", "Limits"]
 # What a test machine lacks, or would take too long.
-FORKED = shlex.split(
-    "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp_fork --trainer.precision 32-true"
-)
+ON_CPU = "--trainer.accelerator cpu --trainer.precision 32-true"
+FORKED = shlex.split(f"{ON_CPU} --trainer.devices 2 --trainer.strategy ddp_fork")
 ALONE = shlex.split("--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto")
 SMALL_IMAGES = shlex.split("--data.data_dir images --data.image_size 32 --data.batch_size 2 --data.workers 0")
 SMALL_RESNET = [
@@ -157,12 +160,29 @@ def test_the_launch_command_runs(recipe, workplace):
     assert main([*arguments, *instead(arguments), *SHORT]) == 0
 
 
+def resnet101_sharded(place):
+    """The recipe, on one of two processes; each holds its share of every parameter."""
+
+    def look(self, trainer, module):
+        (optimizer,) = trainer.optimizers
+        assert type(optimizer).__name__ == "HRNN"
+        params = list(module.parameters())
+        assert all(isinstance(param, DTensor) for param in params)
+        here, whole = sum(p.to_local().numel() for p in params), sum(p.numel() for p in params)
+        assert 0.45 < here / whole < 0.55
+        looked.append(here)
+
+    looked = []
+    recipe = str(ROOT / "recipes/imagenet/resnet101v2_hrnn_fsdp2.yaml")
+    here = shlex.split(f"{ON_CPU} --trainer.devices 2 --trainer.strategy.data_parallel_size 2")
+    with patch.object(LogWeightsCard, "on_train_start", look):
+        assert main(["train", "fit", "--config", recipe, *here, *SMALL_IMAGES, *SMALL_RESNET, *SHORT]) == 0
+    assert len(looked) == 1
+
+
 @quiet
 def test_resnet101_trains_sharded(workplace):
-    """Two processes, each with its share of the parameters and of the optimizer's state."""
-    recipe = str(ROOT / "recipes/imagenet/resnet101v2_hrnn_fsdp2.yaml")
-    here = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.precision", "32-true"]
-    run_alone(["train", "fit", "--config", recipe, *here, *SMALL_IMAGES, *SMALL_RESNET, *SHORT])
+    assert run_on_ranks([resnet101_sharded], workplace)["resnet101_sharded"] == ""
 
 
 @pytest.mark.parametrize("net", ["resnet50v2", "inception_v3"])
@@ -203,15 +223,6 @@ def test_an_optimizer_fragment_decides_who_trains(name, workplace, monkeypatch):
     assert [type(optimizer).__name__.lower() for optimizer in trained] == [name]
 
 
-def run_alone(arguments, **options):
-    """Run a command in a process of its own, which may start others."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "lightning_hrnn", *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stderr
-
-
 @quiet
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # Lightning's, of a resumed run
@@ -235,6 +246,7 @@ def test_two_processes_are_killed_and_go_on(workplace):
     fragments = ["imagenet/resnet50v2_hrnn_ddp", "trainer/cpu", "trainer/ddp2"]
     configs = [part for name in fragments for part in ("--config", str(ROOT / f"recipes/{name}.yaml"))]
     arguments = ["train", "fit", *configs, "--config", "often.yaml", *SMALL_IMAGES, *SMALL_RESNET, *SHORT[2:]]
+    arguments += ["--trainer.log_every_n_steps", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open("said.txt", "w") as said:
         running = subprocess.Popen(
@@ -246,6 +258,7 @@ def test_two_processes_are_killed_and_go_on(workplace):
         )
         while running.poll() is None and not list(Path("kept").glob("*step=8.ckpt")):
             time.sleep(0.2)
+        assert running.poll() is None, Path("said.txt").read_text()
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
     assert "MEMBER: 2/2" in Path("said.txt").read_text()
@@ -255,4 +268,5 @@ def test_two_processes_are_killed_and_go_on(workplace):
     epochs = stopped["epoch"] + 2
     again = ["--ckpt_path", str(saved), "--trainer.max_epochs", str(epochs), "--trainer.strategy", "ddp_fork"]
     assert main([*arguments, *again]) == 0
-    assert torch.load("kept/last.ckpt", weights_only=False)["global_step"] == 6 * epochs
+    steps, _ = read_curves(Path("runs/imagenet/resnet50v2_hrnn/version_1/metrics.csv"))["train/loss"]
+    assert steps == list(range(stopped["global_step"], 6 * epochs))

@@ -43,7 +43,8 @@ class ImageClassifier(LightningModule):
             training uses it.
         auxiliary_weight: Weight of the loss of auxiliary logits, where the net has any (torchvision's
             Inception V3 and GoogLeNet; timm's Inception V3 with `model_options={"aux_logits": True}`).
-        channels_last: Keep images and weights in memory with the channels last, as GPUs with bf16 like it.
+        channels_last: Keep images and weights in memory with the channels last, as GPUs with bf16 like it;
+            images alone where FSDP2 shards the weights.
         compile: Backend of `torch.compile` for the net, such as `inductor`; None runs it as it is.
         optimizer: The baseline optimizer; `rmsprop_tf` is TensorFlow's RMSProp.
         lr: Its learning rate; None means its default (AdamW, Adam and SGD 0.001, RMSprop 0.01).
@@ -104,6 +105,7 @@ class ImageClassifier(LightningModule):
     def configure_model(self) -> None:
         """Shard the net, if the strategy has a device mesh, and compile it, if asked to."""
         if self.device_mesh is not None:
+            self.net.to(memory_format=torch.contiguous_format)  # FSDP2 shards no other
             shard_blocks(self.net, self.device_mesh["data_parallel"])
         if self.hparams["compile"] is not None:
             self.net.compile(backend=self.hparams["compile"])
