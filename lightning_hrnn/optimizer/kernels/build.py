@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-SOURCES = ("param_level.cpp", "step.cpp", "param_level.h", "step.h", "rule.h", "segments.h", "lanes.h")
+SOURCES = ("param_level.cpp", "step.cpp", "param_level.h", "step.h", "backward.h", "rule.h", "segments.h", "lanes.h")
 OPTIMIZE = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w")
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 INSTRUCTIONS = {"AVX512": (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"), "AVX2": AVX2}

@@ -1,11 +1,12 @@
 // Vectors of parameters, one a lane, and the functions the rule needs of them.
 //
 // Width follows the target the file is compiled for. Every function is plain arithmetic that any compiler must keep as
-// written: the file must not be compiled with -ffast-math, which would fold the rounding in `round_to_int` away.
+// written: the file must not be compiled with -ffast-math, which would fold the rounding in `power` away. A `Pack` is a
+// few vectors that take every operation one after the other, so that none waits for the result of the one before.
 //
-// Largest errors found in single precision: exp 1e-7, sigmoid 2e-7, log 1e-7, asinh 2.1e-7, 1/x 1.2e-7, 1/sqrt 1.4e-7
-// relative, tanh 3e-7 absolute. What is not a number stays so; exp is cut off at -87 and 88. In double precision the
-// functions are those of the C library.
+// Largest errors found in single precision, relative: exp 2.1e-7, asinh 1.7e-7, 1/x 1.2e-7, 1/sqrt 1.5e-7, log 1.2e-6
+// where it is small and 1e-7 elsewhere; absolute: sigmoid 1.5e-7, tanh 3e-7. What is not a number stays so; powers of
+// two are for arguments up to +-126. In double precision the functions are those of the C library.
 
 #pragma once
 
@@ -39,6 +40,11 @@ typedef double DoubleAnywhere __attribute__((vector_size(VECTOR_BYTES), aligned(
 template <class T> struct LanesOf;
 template <> struct LanesOf<float> { using type = FloatLanes; using anywhere = FloatAnywhere; };
 template <> struct LanesOf<double> { using type = DoubleLanes; using anywhere = DoubleAnywhere; };
+template <> struct LanesOf<int32_t> { using type = IntLanes; };
+template <class V> struct ElementOf;
+template <> struct ElementOf<FloatLanes> { using type = float; };
+template <> struct ElementOf<DoubleLanes> { using type = double; };
+template <> struct ElementOf<IntLanes> { using type = int32_t; };
 template <class T> using Lanes = typename LanesOf<T>::type;
 template <class T> constexpr int WIDTH = VECTOR_BYTES / sizeof(T);
 
@@ -60,6 +66,8 @@ template <class T> HRNN_INLINE T sum_lanes(Lanes<T> value) {
         for (int i = 0; i < step; i++) parts[i] += parts[i + step];
     return parts[0];
 }
+
+// ------------------------------------------------------------------ single vectors
 
 HRNN_INLINE IntLanes bits(FloatLanes x) { return (IntLanes)x; }
 HRNN_INLINE FloatLanes from_bits(IntLanes x) { return (FloatLanes)x; }
@@ -100,51 +108,150 @@ HRNN_INLINE DoubleLanes root(DoubleLanes x) {
     for (int i = 0; i < WIDTH<double>; i++) x[i] = std::sqrt(x[i]);
     return x;
 }
-
-// Division and square root take ten times as long as a product: with AVX-512, a table of 14 bits and a step of Newton's
-// method give 1 / x and 1 / sqrt(x) to 1e-7, of normal numbers.
-HRNN_INLINE FloatLanes inverse(FloatLanes x) {
+HRNN_INLINE FloatLanes as_floats(IntLanes x) { return __builtin_convertvector(x, FloatLanes); }
 #if defined(__AVX512F__)
-    const FloatLanes guess = _mm512_rcp14_ps(x);
+HRNN_INLINE FloatLanes inverse_guess(FloatLanes x) { return _mm512_rcp14_ps(x); }
+HRNN_INLINE FloatLanes inverse_root_guess(FloatLanes x) { return _mm512_rsqrt14_ps(x); }
+#endif
+
+// ------------------------------------------------------------------ packs
+
+template <class T, int K> struct Pack {
+    Lanes<T> at[K];
+};
+
+template <class T, int K> HRNN_INLINE Pack<T, K> load_pack(const T* from) {
+    Pack<T, K> result;
+#pragma GCC unroll 16
+    for (int k = 0; k < K; k++) result.at[k] = load<T>(from + k * WIDTH<T>);
+    return result;
+}
+template <class T, int K> HRNN_INLINE void store(T* to, Pack<T, K> value) {
+#pragma GCC unroll 16
+    for (int k = 0; k < K; k++) store<T>(to + k * WIDTH<T>, value.at[k]);
+}
+template <class T, int K> HRNN_INLINE Pack<T, K> all_of(T value) {
+    Pack<T, K> result;
+#pragma GCC unroll 16
+    for (int k = 0; k < K; k++) result.at[k] = all<T>(value);
+    return result;
+}
+
+// Apply a function of vectors to each of a pack.
+template <class Work, class T, int K, class... Others>
+HRNN_INLINE auto each(Work work, Pack<T, K> a, Others... others) {
+    Pack<typename ElementOf<decltype(work(a.at[0], others.at[0]...))>::type, K> result;
+#pragma GCC unroll 16
+    for (int k = 0; k < K; k++) result.at[k] = work(a.at[k], others.at[k]...);
+    return result;
+}
+
+#define HRNN_OPERATOR(OP)                                                                                              \
+    template <class T, int K> HRNN_INLINE Pack<T, K> operator OP(Pack<T, K> a, Pack<T, K> b) {                         \
+        return each([](auto x, auto y) { return x OP y; }, a, b);                                                      \
+    }                                                                                                                  \
+    template <class T, int K> HRNN_INLINE Pack<T, K> operator OP(Pack<T, K> a, std::type_identity_t<T> b) {            \
+        return each([b](auto x) { return x OP b; }, a);                                                                \
+    }                                                                                                                  \
+    template <class T, int K> HRNN_INLINE Pack<T, K> operator OP(std::type_identity_t<T> a, Pack<T, K> b) {            \
+        return each([a](auto x) { return a OP x; }, b);                                                                \
+    }
+HRNN_OPERATOR(+)
+HRNN_OPERATOR(-)
+HRNN_OPERATOR(*)
+HRNN_OPERATOR(&)
+HRNN_OPERATOR(|)
+HRNN_OPERATOR(^)
+HRNN_OPERATOR(<<)
+HRNN_OPERATOR(>>)
+#undef HRNN_OPERATOR
+template <class T, int K> HRNN_INLINE Pack<T, K>& operator+=(Pack<T, K>& a, Pack<T, K> b) { return a = a + b; }
+
+template <class T, int K> HRNN_INLINE Pack<T, K> at_most(std::type_identity_t<T> bound, Pack<T, K> x) {
+    return each([bound](auto v) { return at_most(bound, v); }, x);
+}
+template <class T, int K> HRNN_INLINE Pack<T, K> at_least(std::type_identity_t<T> bound, Pack<T, K> x) {
+    return each([bound](auto v) { return at_least(bound, v); }, x);
+}
+template <class T, int K> HRNN_INLINE Pack<T, K> root(Pack<T, K> x) {
+    return each([](auto v) { return root(v); }, x);
+}
+template <int K> HRNN_INLINE Pack<int32_t, K> bits(Pack<float, K> x) {
+    return each([](auto v) { return bits(v); }, x);
+}
+template <int K> HRNN_INLINE Pack<float, K> from_bits(Pack<int32_t, K> x) {
+    return each([](auto v) { return from_bits(v); }, x);
+}
+
+// ------------------------------------------------------------------ functions, single precision
+
+// Division and square root take several times as long as a product: with AVX-512, a table of 14 bits and a step of
+// Newton's method give 1 / x and 1 / sqrt(x) to 1e-7, of normal numbers.
+template <int K> HRNN_INLINE Pack<float, K> inverse(Pack<float, K> x) {
+#if defined(__AVX512F__)
+    const Pack<float, K> guess = each([](auto v) { return inverse_guess(v); }, x);
     return guess * (2.0f - x * guess);
 #else
-    return 1.0f / x;
+    return each([](auto v) { return 1.0f / v; }, x);
 #endif
 }
-HRNN_INLINE FloatLanes inverse_root(FloatLanes x) {
+template <int K> HRNN_INLINE Pack<float, K> inverse_root(Pack<float, K> x) {
 #if defined(__AVX512F__)
-    const FloatLanes guess = _mm512_rsqrt14_ps(x);
-    return guess * (1.5f - 0.5f * x * guess * guess);
+    const Pack<float, K> guess = each([](auto v) { return inverse_root_guess(v); }, x);
+    return guess * (1.5f - (0.5f * x) * (guess * guess));
 #else
-    return 1.0f / root(x);
+    return each([](auto v) { return 1.0f / root(v); }, x);
 #endif
 }
-HRNN_INLINE DoubleLanes inverse(DoubleLanes x) { return 1.0 / x; }
-HRNN_INLINE DoubleLanes inverse_root(DoubleLanes x) { return 1.0 / root(x); }
 
-template <class V> HRNN_INLINE V magnitude(V x) { return x < 0 ? -x : x; }
+// Powers are taken of two, and of e in double precision: `power(NATURAL<T> * x)` is exp(x), and the factor can go into
+// the weights of what `x` is made from.
+template <class T> constexpr T NATURAL = 1;
+template <> inline constexpr float NATURAL<float> = 1.44269504f;
 
-// Split x = k ln 2 + r, expand exp(r), and put k into the exponent.
-HRNN_INLINE FloatLanes exponential(FloatLanes x) {
-    x = at_least(-87.0f, at_most(88.0f, x));
+// 2^x for x in [-126, 126]: round x to a whole number, expand the rest, and add the whole number to the exponent.
+template <int K> HRNN_INLINE Pack<float, K> power(Pack<float, K> x) {
     constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits after the point
-    FloatLanes k = x * 1.44269504f + rounder;
-    const IntLanes exponent = (bits(k) << 23) + (127 << 23);
-    k -= rounder;
-    FloatLanes r = x - k * 0.693359375f;
-    r = r + k * 2.12194440e-4f;
-    FloatLanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return p * from_bits(exponent);
+    const Pack<float, K> shifted = x + rounder;
+    const Pack<float, K> rest = x - (shifted - rounder);
+    Pack<float, K> p = rest * 0.001326472725f + 0.009671512786f;
+    p = p * rest + 0.05550733744f;
+    p = p * rest + 0.2402224208f;
+    p = p * rest + 0.6931469776f;
+    p = p * rest + 1.0f;
+    return from_bits(bits(p) + (bits(shifted) << 23));
 }
 
-// log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)].
-HRNN_INLINE FloatLanes log_near_one(FloatLanes f, FloatLanes exponent) {
-    FloatLanes p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+// Logarithms: x = 2^e (1 + f), with 1 + f from MANTISSA on. `shifted` is bits(x) - MANTISSA, whose exponent is e.
+constexpr int32_t EXPONENT = int32_t(0xff800000), SIGN = int32_t(0x80000000), ONE = 0x3f800000;
+
+#if defined(__AVX512F__)
+// A table divides 1 + f by one of 16 numbers, which leaves 1 + r for a short series. From 63/64 to 33/32 that is 1.
+constexpr int32_t MANTISSA = 0x3f7c0000;
+template <int K> HRNN_INLINE Pack<float, K> log_of_split(Pack<float, K> f, Pack<int32_t, K> shifted) {
+    alignas(64) static constexpr float factors[16] = {
+        1.0f, 0.941176474f, 0.888888896f, 0.842105269f, 0.800000012f, 0.761904776f, 0.727272749f, 0.695652187f,
+        0.666666687f, 0.639999986f, 0.615384638f, 0.592592597f, 0.571428597f, 0.551724136f, 0.533333361f, 0.516129017f};
+    alignas(64) static constexpr float logs[16] = {  // of 1 / factor
+        -0.0f, 0.0606246181f, 0.117783025f, 0.171850249f, 0.223143533f, 0.271933705f, 0.318453699f, 0.362905473f,
+        0.405465066f, 0.446287125f, 0.485507786f, 0.523248136f, 0.559615731f, 0.594707131f, 0.628608584f, 0.66139853f};
+    const auto find = [](const float* table) {
+        return [table](IntLanes place) -> FloatLanes {
+            return _mm512_permutexvar_ps((__m512i)place, _mm512_load_ps(table));
+        };
+    };
+    const Pack<int32_t, K> place = shifted >> 19;  // the lowest 4 bits count
+    const Pack<float, K> factor = each(find(factors), place), r = f * factor + (factor - 1.0f);
+    const Pack<float, K> exponent = each([](IntLanes v) { return as_floats(v); }, shifted >> 23);
+    const Pack<float, K> whole = exponent * 0.693147181f + each(find(logs), place);
+    const Pack<float, K> p = (r * -0.250173092f + 0.333495229f) * r + -0.49999997f;
+    return whole + ((r * r) * p + r);
+}
+#else
+constexpr int32_t MANTISSA = 0x3f3504f3;  // sqrt(1/2)
+template <int K> HRNN_INLINE Pack<float, K> log_of_split(Pack<float, K> f, Pack<int32_t, K> shifted) {
+    const Pack<float, K> exponent = each([](IntLanes v) { return as_floats(v); }, shifted >> 23);
+    Pack<float, K> p = f * 7.0376836292e-2f - 1.1514610310e-1f;
     p = p * f + 1.1676998740e-1f;
     p = p * f - 1.2420140846e-1f;
     p = p * f + 1.4249322787e-1f;
@@ -152,52 +259,71 @@ HRNN_INLINE FloatLanes log_near_one(FloatLanes f, FloatLanes exponent) {
     p = p * f + 2.0000714765e-1f;
     p = p * f - 2.4999993993e-1f;
     p = p * f + 3.3333331174e-1f;
-    const FloatLanes square = f * f;
-    p = p * f * square - exponent * 2.12194440e-4f - 0.5f * square;
-    return f + p + exponent * 0.693359375f;
+    const Pack<float, K> square = f * f;
+    p = (p * f) * square + (exponent * -2.12194440e-4f - 0.5f * square);
+    return (f + p) + exponent * 0.693359375f;
+}
+#endif
+
+template <int K> HRNN_INLINE Pack<float, K> inverse_power_of(Pack<int32_t, K> shifted) {
+    return from_bits(ONE - (shifted & EXPONENT));
 }
 
-constexpr int32_t ROOT_HALF = 0x3f3504f3;  // bits of sqrt(1/2)
-
-// Of positive normal numbers; infinity and what is not a number come back.
-HRNN_INLINE FloatLanes logarithm(FloatLanes x) {
-    const IntLanes shifted = bits(x) - ROOT_HALF;
-    const FloatLanes exponent = __builtin_convertvector(shifted >> 23, FloatLanes);
-    const FloatLanes mantissa = from_bits((shifted & 0x007fffff) + ROOT_HALF);
-    const FloatLanes result = log_near_one(mantissa - 1.0f, exponent);
-    return x < INFINITY ? result : x;
+// Of positive normal numbers.
+template <int K> HRNN_INLINE Pack<float, K> logarithm(Pack<float, K> x) {
+    const Pack<int32_t, K> shifted = bits(x) - MANTISSA;
+    return log_of_split(x * inverse_power_of(shifted) - 1.0f, shifted);
 }
 
-// asinh(x) = sign(x) log(1 + w), w = |x| + x^2 / (1 + root); near zero the logarithm takes w itself, unrounded.
-HRNN_INLINE FloatLanes arsinh(FloatLanes x, FloatLanes root_of_one_plus_square) {
-    const FloatLanes size = magnitude(x);
-    const FloatLanes w = size + x * x * inverse(1.0f + root_of_one_plus_square);
-    const FloatLanes u = 1.0f + w;
-    const IntLanes shifted = bits(u) - ROOT_HALF;
-    const IntLanes whole = shifted >> 23;
-    const FloatLanes mantissa = from_bits((shifted & 0x007fffff) + ROOT_HALF);
-    const FloatLanes f = whole == 0 ? w : mantissa - 1.0f;
-    const FloatLanes result = log_near_one(f, __builtin_convertvector(whole, FloatLanes));
-    return x < 0 ? -result : result;
+// asinh(x) = sign(x) log(1 + w), w = |x| + x^2 / (1 + root); near zero f is w, unrounded.
+template <int K> HRNN_INLINE Pack<float, K> arsinh(Pack<float, K> x, Pack<float, K> root_of_one_plus_square) {
+    const Pack<float, K> size = from_bits(bits(x) & ~SIGN);
+    const Pack<float, K> w = size + (x * x) * inverse(1.0f + root_of_one_plus_square);
+    const Pack<int32_t, K> shifted = bits(1.0f + w) - MANTISSA;
+    const Pack<float, K> scale = inverse_power_of(shifted);
+    const Pack<float, K> result = log_of_split(w * scale + (scale - 1.0f), shifted);
+    return from_bits(bits(result) | (bits(x) & SIGN));
 }
 
-HRNN_INLINE FloatLanes sigmoid(FloatLanes x) { return inverse(1.0f + exponential(-x)); }
-HRNN_INLINE FloatLanes tangent(FloatLanes x) { return 1.0f - 2.0f * inverse(1.0f + exponential(2.0f * x)); }
+// ------------------------------------------------------------------ functions, double precision
 
-#define HRNN_EACH_LANE(NAME, EXPRESSION)                                                                               \
-    HRNN_INLINE DoubleLanes NAME(DoubleLanes lanes) {                                                                  \
-        for (int i = 0; i < WIDTH<double>; i++) {                                                                      \
-            const double x = lanes[i];                                                                                 \
-            lanes[i] = EXPRESSION;                                                                                     \
-        }                                                                                                              \
-        return lanes;                                                                                                  \
-    }
-HRNN_EACH_LANE(exponential, std::exp(x))
-HRNN_EACH_LANE(logarithm, std::log(x))
-HRNN_EACH_LANE(sigmoid, 1.0 / (1.0 + std::exp(-x)))
-HRNN_EACH_LANE(tangent, std::tanh(x))
-HRNN_EACH_LANE(arsinh_each, std::asinh(x))
-#undef HRNN_EACH_LANE
-HRNN_INLINE DoubleLanes arsinh(DoubleLanes x, DoubleLanes) { return arsinh_each(x); }
+template <class Work, int K> HRNN_INLINE Pack<double, K> each_lane(Work work, Pack<double, K> x) {
+    return each(
+        [work](DoubleLanes lanes) {
+            for (int i = 0; i < WIDTH<double>; i++) lanes[i] = work(lanes[i]);
+            return lanes;
+        },
+        x);
+}
+template <int K> HRNN_INLINE Pack<double, K> inverse(Pack<double, K> x) {
+    return each([](auto v) { return 1.0 / v; }, x);
+}
+template <int K> HRNN_INLINE Pack<double, K> inverse_root(Pack<double, K> x) {
+    return each([](auto v) { return 1.0 / root(v); }, x);
+}
+template <int K> HRNN_INLINE Pack<double, K> power(Pack<double, K> x) {
+    return each_lane([](double v) { return std::exp(v); }, x);
+}
+template <int K> HRNN_INLINE Pack<double, K> logarithm(Pack<double, K> x) {
+    return each_lane([](double v) { return std::log(v); }, x);
+}
+template <int K> HRNN_INLINE Pack<double, K> arsinh(Pack<double, K> x, Pack<double, K>) {
+    return each_lane([](double v) { return std::asinh(v); }, x);
+}
+
+// ------------------------------------------------------------------ functions, either
+
+constexpr int MOST_POWER = 60;  // beyond, sigmoid and tanh have long arrived at their limits; products are finite still
+
+// Cut off, so that 1 + 2^x is finite.
+template <class T, int K> HRNN_INLINE Pack<T, K> bounded_power(Pack<T, K> x) {
+    return power(at_least(T(-MOST_POWER), at_most(T(MOST_POWER), x)));
+}
+template <class T, int K> HRNN_INLINE Pack<T, K> sigmoid(Pack<T, K> x) {
+    return inverse(T(1) + bounded_power(-NATURAL<T> * x));
+}
+template <class T, int K> HRNN_INLINE Pack<T, K> tangent(Pack<T, K> x) {
+    return T(1) - T(2) * inverse(T(1) + bounded_power(2 * NATURAL<T> * x));
+}
 
 }  // namespace hrnn

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "rule.h"
+#include "backward.h"
 #include "segments.h"
 
 namespace hrnn {
@@ -57,35 +57,61 @@ template <class T> HRNN_INLINE void write_rows(T* to, const T (*from)[TILE], int
     }
 }
 
+// What every tensor tells its parameters, side by side: biases of the gates, whether it remembers, the relative rate.
+template <class T, int R>
+std::vector<T> told_to_params(const Weights<T, R>& rule, const T* above, int64_t tensors) {
+    std::vector<T> told(tensors * ABOVE);
+    const T *rates = above + 3 * H * tensors, *remembers = rates + tensors;
+    for (int i = 0; i < 3 * H; i++)
+        for (int64_t t = 0; t < tensors; t++)
+            told[t * ABOVE + i] = rule.gate_bias(i, above[i * tensors + t], rates[t]);
+    for (int64_t t = 0; t < tensors; t++) {
+        told[t * ABOVE + 3 * H] = remembers[t];
+        told[t * ABOVE + 3 * H + 1] = rates[t];
+    }
+    return told;
+}
+
 // Fetch what a forward step of a tile needs. Lanes past the last parameter get zeros, of which the step makes finite
 // numbers that nobody reads.
+template <class T, int R> struct Scratch {
+    Tile<T, R> tile;
+    ManyTensors<T> above;
+};
+
 template <class T, int R>
 HRNN_INLINE void fetch(
-    Tile<T, R>& tile, const T* grad, State<const T> before, const T* above, const Offsets& offsets, int64_t begin,
-    int count, int64_t& tensor) {
-    const int64_t params = offsets.back(), tensors = offsets.size() - 1;
+    Scratch<T, R>& to, const T* grad, State<const T> before, const std::vector<T>& told, const Offsets& offsets,
+    int64_t begin, int count, int64_t& tensor) {
+    const int64_t params = offsets.back();
+    Tile<T, R>& tile = to.tile;
     copy_rows(&tile.grad, grad + begin, 1, params, count);
     copy_rows(tile.before, before.hidden + begin, H, params, count);
     copy_rows(tile.average_before, before.average + begin, S, params, count);
     copy_rows(tile.square_before, before.square + begin, S, params, count);
-    each_segment(offsets, begin, begin + count, tensor, [&](int64_t t, int64_t from, int64_t to) {
-        for (int i = 0; i < ABOVE; i++)
-            spread<T>(tile.above[i], from - begin, to - begin, above[i * tensors + t]);
+    each_segment(offsets, begin, begin + count, tensor, [&](int64_t t, int64_t from, int64_t stop) {
+        const T* here = &told[t * ABOVE];
+        for (int i = 0; i <= 3 * H; i++) spread<T>(to.above.rows[i], from - begin, stop - begin, here[i]);
+        std::fill(tile.inputs[F - 1] + (from - begin), tile.inputs[F - 1] + (stop - begin), here[3 * H + 1]);
     });
-    for (int i = 0; count < TILE && i < ABOVE; i++) std::fill(tile.above[i] + count, tile.above[i] + TILE, T(0));
+    for (int i = 0; count < TILE && i <= 3 * H; i++)
+        std::fill(to.above.rows[i] + count, to.above.rows[i] + TILE, T(0));
 }
 
 template <class T, int R> void forward(const Weights<T, R>& rule, const Forward<T>& io, const Offsets& offsets) {
     const int64_t params = offsets.back(), tensors = offsets.size() - 1;
     TensorSums<T, Tile<T, R>::SUMMED> sums(offsets);
-    each_chunk<Tile<T, R>>(chunks_of(params), [&](int64_t chunk, Tile<T, R>& tile) {
+    const std::vector<T> told = told_to_params(rule, io.above, tensors);
+    each_chunk<Scratch<T, R>>(chunks_of(params), [&](int64_t chunk, Scratch<T, R>& scratch) {
+        Tile<T, R>& tile = scratch.tile;
         const int64_t end = std::min(params, (chunk + 1) * CHUNK);
         int64_t tensor = tensor_at(offsets, chunk * CHUNK);
         for (int64_t begin = chunk * CHUNK; begin < end; begin += TILE) {
             const int count = std::min<int64_t>(TILE, end - begin);
             int64_t first = tensor;
-            fetch(tile, io.grad, io.before, io.above, offsets, begin, count, tensor);
-            forward_tile(rule, tile);
+            fetch(scratch, io.grad, io.before, told, offsets, begin, count, tensor);
+            NoTrace none;
+            forward_tile(rule, scratch.above, tile, none);
             write_rows(io.after.hidden + begin, tile.hidden, H, params, count);
             write_rows(io.after.average + begin, tile.average, S, params, count);
             write_rows(io.after.square + begin, tile.square, S, params, count);
@@ -168,7 +194,8 @@ HRNN_INLINE void fetch_gradients(
 }
 
 template <class T, int R> struct BackwardScratch {
-    Tile<T, R> tile;
+    Scratch<T, R> forward;
+    Trace<T, R> trace;
     TileGrad<T, R> grad;
     Lanes<T> sums[Packed<R>::SIZE];
 };
@@ -181,18 +208,21 @@ template <class T, int R> void backward(const Weights<T, R>& rule, const Backwar
     if (io.to_steps) add_step_products<T, R>(io, offsets, products);
     TensorSums<T, SUMMED> sums(offsets);
     std::vector<T> to_rule(chunks * At::SIZE);
+    const std::vector<T> told = told_to_params(rule, io.above, tensors);
+    const Transposed<T, R> transposed(rule.flat);
     each_chunk<BackwardScratch<T, R>>(chunks, [&](int64_t chunk, BackwardScratch<T, R>& scratch) {
-        auto& [tile, grad, rule_sums] = scratch;
+        auto& [forward, trace, grad, rule_sums] = scratch;
+        const Tile<T, R>& tile = forward.tile;
         std::fill(rule_sums, rule_sums + At::SIZE, Lanes<T>{});
         const int64_t end = std::min(params, (chunk + 1) * CHUNK);
         int64_t tensor = tensor_at(offsets, chunk * CHUNK);
         for (int64_t begin = chunk * CHUNK; begin < end; begin += TILE) {
             const int count = std::min<int64_t>(TILE, end - begin);
             int64_t first = tensor, same = tensor;
-            fetch(tile, io.grad, io.before, io.above, offsets, begin, count, tensor);
+            fetch(forward, io.grad, io.before, told, offsets, begin, count, tensor);
             fetch_gradients(grad, io, products, offsets, begin, count, first);
-            forward_tile(rule, tile);
-            backward_tile(rule, tile, grad, rule_sums);
+            forward_tile(rule, forward.above, forward.tile, trace);
+            backward_tile(rule, transposed, tile, trace, grad, rule_sums);
             if (io.to_grad) write_rows(io.to_grad + begin, &grad.grad, 1, params, count);
             write_rows(io.to_before.hidden + begin, grad.before, H, params, count);
             write_rows(io.to_before.average + begin, grad.average_before, S, params, count);
@@ -204,13 +234,21 @@ template <class T, int R> void backward(const Weights<T, R>& rule, const Backwar
         for (int i = 0; i < At::SIZE; i++) to_rule[chunk * At::SIZE + i] = sum_lanes<T>(rule_sums[i]);
     });
     sums.finish();
-    for (int64_t t = 0; t < tensors; t++)
-        for (int i = 0; i < SUMMED; i++) io.to_above[i * tensors + t] = sums[t][i];
     std::fill(io.to_rule, io.to_rule + At::SIZE, T(0));
     for (int64_t chunk = 0; chunk < chunks; chunk++)
         for (int i = 0; i < At::SIZE; i++) io.to_rule[i] += to_rule[chunk * At::SIZE + i];
-    for (int64_t t = 0; t < tensors; t++)
-        for (int i = 0; i < 3 * H; i++) io.to_rule[At::GATE_BIAS + i] += sums[t][i];
+    finish_rule<T, R>(io.to_rule);
+    for (int64_t t = 0; t < tensors; t++) {  // what every parameter of a tensor was told in the same words
+        T to_rate = io.to_pooled ? io.to_pooled[(H + F - 1) * tensors + t] : T(0);
+        for (int i = 0; i < SUMMED; i++) {
+            const int at = At::GATE + i * INPUT + F - 1;
+            io.to_above[i * tensors + t] = sums[t][i];
+            io.to_rule[At::GATE_BIAS + i] += sums[t][i];
+            io.to_rule[at] += sums[t][i] * io.above[SUMMED * tensors + t];
+            to_rate += sums[t][i] * rule.flat[at];
+        }
+        io.to_above[SUMMED * tensors + t] = to_rate;
+    }
 }
 
 }  // namespace hrnn

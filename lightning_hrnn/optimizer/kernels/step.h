@@ -59,17 +59,38 @@ HRNN_INLINE float widen(c10::Half value) { return float(value); }
 HRNN_INLINE float widen(float value) { return value; }
 HRNN_INLINE float widen(double value) { return float(value); }
 
-template <class Stored> HRNN_INLINE void read(float* to, const Stored* from, int count) {
-    for (int p = 0; p < count; p++) to[p] = widen(from[p]);
+// Read a piece of a row; whole tiles by whole vectors.
+template <class Stored> HRNN_INLINE Lanes<float> widen_lanes(const Stored* from) {
+    Lanes<float> result;
+    for (int i = 0; i < WIDTH<float>; i++) result[i] = widen(from[i]);
+    return result;
 }
-#if defined(__F16C__)
-HRNN_INLINE void read(float* to, const c10::Half* from, int count) {
-    int p = 0;
-    for (; p + 8 <= count; p += 8)
-        _mm256_storeu_ps(to + p, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + p))));
-    for (; p < count; p++) to[p] = widen(from[p]);
+HRNN_INLINE Lanes<float> widen_lanes(const float* from) { return load<float>(from); }
+#if defined(__AVX512F__)
+HRNN_INLINE Lanes<float> widen_lanes(const c10::BFloat16* from) {
+    return (FloatLanes)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16);
+}
+HRNN_INLINE Lanes<float> widen_lanes(const c10::Half* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#elif defined(__AVX2__)
+HRNN_INLINE Lanes<float> widen_lanes(const c10::BFloat16* from) {
+    return (FloatLanes)_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16);
+}
+HRNN_INLINE Lanes<float> widen_lanes(const c10::Half* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 #endif
+template <class Stored> HRNN_INLINE void read(float* to, const Stored* from, int count) {
+    if (count == TILE) {
+#pragma GCC unroll 16
+        for (int p = 0; p < TILE; p += WIDTH<float>) store<float>(to + p, widen_lanes(from + p));
+    } else {
+        for (int p = 0; p < count; p++) to[p] = widen(from[p]);
+    }
+}
 
 // Scramble the bits of each lane (the finaliser of a multiplicative hash).
 HRNN_INLINE IntLanes scramble(IntLanes x) {
@@ -102,9 +123,10 @@ inline uint32_t rounding_key(const float* above, int64_t tensors, int64_t tensor
 template <int ROWS>
 HRNN_INLINE void write_state(float* to, const float (*rows)[TILE], const float*, int count, int64_t stride, uint32_t) {
     for (int i = 0; i < ROWS; i++) {
-        if (count == TILE)
+        if (count == TILE) {
+#pragma GCC unroll 16
             for (int p = 0; p < TILE; p += WIDTH<float>) store<float>(to + i * stride + p, load<float>(&rows[i][p]));
-        else
+        } else
             std::memcpy(to + i * stride, rows[i], count * sizeof(float));
     }
 }
@@ -134,48 +156,72 @@ HRNN_INLINE void write_state(
     }
 }
 
-template <class Stored> HRNN_INLINE void read_state(float (*to)[TILE], const Stored* from, int rows, int count, int64_t stride) {
-    for (int i = 0; i < rows; i++) {
-        if (count == TILE)
-            read(to[i], from + i * stride, TILE);
-        else
-            read(to[i], from + i * stride, count);
-    }
+template <class Stored>
+HRNN_INLINE void read_state(float (*to)[TILE], const Stored* from, int rows, int count, int64_t stride) {
+    for (int i = 0; i < rows; i++) read(to[i], from + i * stride, count);
 }
 
-// What pass one makes of all tensors.
-template <int R> struct Measured {
-    static constexpr int ROWS = Tile<float, R>::SUMMED, WIDE = ROUNDED<ROWS, float> + WIDTH<float>;
-    static constexpr int PARAM_SQUARE = ROUNDED<ROWS, float>;  // in a chunk's sums
+// What pass one sums over a chunk, in vectors of partial sums: rows of `Tile` from `hidden` on, squares of parameters.
+template <int R> struct ChunkSums {
+    static constexpr int ROWS = Tile<float, R>::SUMMED + 1;
+    Lanes<float> rows[ROWS];
 };
+
+template <int R> struct MeasureScratch {
+    Tile<float, R> tile{};
+    ChunkSums<R> sums;
+    alignas(64) float params[TILE]{};
+};
+
+// Add a tile's rows to the sums of its chunk.
+template <int R> HRNN_INLINE void add_up(MeasureScratch<R>& scratch, int count) {
+    constexpr int ROWS = ChunkSums<R>::ROWS;
+    float* rows = scratch.tile.hidden[0];
+    const auto row_sum = [](const float* row) {
+        Lanes<float> sum = load<float>(row);
+#pragma GCC unroll 16
+        for (int p = WIDTH<float>; p < TILE; p += WIDTH<float>) sum += load<float>(row + p);
+        return sum;
+    };
+    for (int p = 0; p < TILE; p += WIDTH<float>)
+        store<float>(scratch.params + p, load<float>(scratch.params + p) * load<float>(scratch.params + p));
+    if (count < TILE) {
+        for (int i = 0; i + 1 < ROWS; i++) std::fill(rows + i * TILE + count, rows + (i + 1) * TILE, 0.0f);
+        std::fill(scratch.params + count, scratch.params + TILE, 0.0f);
+    }
+    for (int i = 0; i + 1 < ROWS; i++) scratch.sums.rows[i] += row_sum(rows + i * TILE);
+    scratch.sums.rows[ROWS - 1] += row_sum(scratch.params);
+}
 
 template <class Stored, int R>
 HRNN_INLINE void measure_tile(
-    const Weights<float, R>& rule, Tile<float, R>& tile, const Work& work, int64_t begin, int count, uint32_t key,
-    float* sums) {
+    const Weights<float, R>& rule, const OneTensor<float>& above, MeasureScratch<R>& scratch, const Work& work,
+    int64_t begin, int count, uint32_t key) {
+    Tile<float, R>& tile = scratch.tile;
     const int64_t n = work.count;
     Stored *hidden = static_cast<Stored*>(work.hidden) + begin, *average = static_cast<Stored*>(work.average) + begin,
            *square = static_cast<Stored*>(work.square) + begin;
     with_kind(work.grad_kind, [&](auto kind) {
         read(tile.grad, static_cast<const decltype(kind)*>(work.grad) + begin, count);
     });
+    with_kind(work.param_kind, [&](auto kind) {
+        read(scratch.params, static_cast<const decltype(kind)*>(work.param) + begin, count);
+    });
     read_state(tile.before, hidden, H, count, n);
     read_state(tile.average_before, average, S, count, n);
     read_state(tile.square_before, square, S, count, n);
-    forward_tile(rule, tile, count);
+    NoTrace none;
+    forward_tile(rule, above, tile, none, count);
     write_state<H>(hidden, tile.hidden, tile.grad, count, n, key);
     write_state<S>(average, tile.average, tile.grad, count, n, key + 1);
     write_state<S>(square, tile.square, tile.grad, count, n, key + 2);
-    add_segment<float, Measured<R>::ROWS>(tile.hidden[0], TILE, 0, count, sums);
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < count; p++) work.steps[r * n + begin + p] = tile.directions[r][p] * tile.factor[p];
-    with_kind(work.param_kind, [&](auto kind) {
-        float values[TILE + WIDTH<float>]{};
-        read(values, static_cast<const decltype(kind)*>(work.param) + begin, count);
-        Lanes<float> sum{};
-        for (int p = 0; p < TILE; p += WIDTH<float>) sum += load<float>(values + p) * load<float>(values + p);
-        sums[Measured<R>::PARAM_SQUARE] += sum_lanes<float>(sum);
-    });
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+        for (int p = 0; p < TILE; p += WIDTH<float>)
+            store<float>(&tile.directions[r][p], load<float>(&tile.directions[r][p]) * load<float>(&tile.factor[p]));
+    }
+    write_state<R>(work.steps + begin, tile.directions, tile.grad, count, n, 0);
+    add_up(scratch, count);
 }
 
 // Step the states; write steps to `Work::steps`, sums of hidden states, inputs, squares of directions and squares of
@@ -184,23 +230,29 @@ template <class Stored, int R>
 void measure(
     const Weights<float, R>& rule, const std::vector<Work>& work, const float* above, const float* log_rates,
     float* sums) {
+    constexpr int ROWS = ChunkSums<R>::ROWS;
     const int64_t tensors = work.size();
     const std::vector<Chunk> chunks = chunks_of(work);
-    std::vector<float> of_chunk(chunks.size() * Measured<R>::WIDE);
-    each_chunk<Tile<float, R>>(chunks.size(), [&](int64_t index, Tile<float, R>& tile) {
+    std::vector<float> of_chunk(chunks.size() * ROWS);
+    each_chunk<MeasureScratch<R>>(chunks.size(), [&](int64_t index, MeasureScratch<R>& scratch) {
         const Chunk& chunk = chunks[index];
-        for (int i = 0; i < ABOVE; i++) spread<float>(tile.above[i], 0, TILE, above[i * tensors + chunk.tensor]);
+        const float* told = above + chunk.tensor;
+        OneTensor<float> here;
+        for (int i = 0; i < 3 * H; i++)
+            here.biases[i] = rule.gate_bias(i, told[i * tensors], told[3 * H * tensors]);
+        here.remembers = told[(3 * H + 1) * tensors];
+        std::fill_n(scratch.tile.inputs[F - 1], TILE, told[3 * H * tensors]);
+        std::fill_n(scratch.sums.rows, ROWS, Lanes<float>{});
         const uint32_t key = rounding_key(above, tensors, chunk.tensor, log_rates);
         for (int from = 0; from < chunk.count; from += TILE)
             measure_tile<Stored>(
-                rule, tile, work[chunk.tensor], chunk.begin + from, std::min(TILE, chunk.count - from),
-                key + uint32_t(chunk.begin + from) * 0x01000193u, &of_chunk[index * Measured<R>::WIDE]);
+                rule, here, scratch, work[chunk.tensor], chunk.begin + from, std::min(TILE, chunk.count - from),
+                key + uint32_t(chunk.begin + from) * 0x01000193u);
+        for (int i = 0; i < ROWS; i++) of_chunk[index * ROWS + i] = sum_lanes<float>(scratch.sums.rows[i]);
     });
-    std::vector<double> total(tensors * (Measured<R>::ROWS + 1));
+    std::vector<double> total(tensors * ROWS);
     for (size_t index = 0; index < chunks.size(); index++)
-        for (int i = 0; i <= Measured<R>::ROWS; i++)
-            total[i * tensors + chunks[index].tensor] +=
-                of_chunk[index * Measured<R>::WIDE + (i < Measured<R>::ROWS ? i : Measured<R>::PARAM_SQUARE)];
+        for (int i = 0; i < ROWS; i++) total[i * tensors + chunks[index].tensor] += of_chunk[index * ROWS + i];
     for (size_t i = 0; i < total.size(); i++) sums[i] = float(total[i]);
 }
 
