@@ -157,8 +157,10 @@ class Ranks(NamedTuple):
         One synchronisation with the device, however many tensors and ranks there are.
         """
         given = [grad is not None for grad in grads]
-        norms = torch._foreach_norm([grad for grad in grads if grad is not None and grad.numel()], math.inf)
-        finite = torch.stack([norm.isfinite() for norm in norms]).all() if norms else torch.ones((), dtype=torch.bool)
+        here = [grad for grad in grads if grad is not None and grad.numel()]
+        finite = torch.ones((), dtype=torch.bool)
+        if here:
+            finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(here, math.inf)]).all()
         if not self.several:
             return given, bool(finite)
         counts = torch.tensor([*map(float, given), 0.0], device=device)
