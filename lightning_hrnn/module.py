@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict, deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,7 +41,7 @@ class MetaLearner(LightningModule):
 
     Args:
         preset: configuration of a new rule, see `RuleConfig.preset`.
-        rule_changes: fields of `RuleConfig` that differ from the preset's.
+        rule_changes: fields of `RuleConfig` that differ from the preset's, or from those of `weights`.
         weights: start from these instead of a new rule: a shipped name or a path.
         places: task batches in flight.
         window: inner steps in a truncation window.
@@ -90,10 +91,7 @@ class MetaLearner(LightningModule):
             raise ValueError(f"scored_steps must be between 1 and window={window}, not {scored_steps}.")
         if not 0 <= averaging < 1:
             raise ValueError(f"averaging must be in [0, 1), not {averaging}.")
-        changes = rule_changes or {}
-        self.rule = (
-            load_pretrained(weights).train() if weights else HierarchicalRNN(RuleConfig.preset(preset, **changes))
-        )
+        self.rule = _starting_rule(preset, rule_changes or {}, weights)
         self.average = AveragedModel(self.rule, multi_avg_fn=get_ema_multi_avg_fn(averaging)).requires_grad_(False)
         self.started_from = weights
         self.window, self.scored_steps = window, scored_steps
@@ -256,3 +254,21 @@ class MetaLearner(LightningModule):
         evaluation = [outcome.row(name) for name, outcome in sorted(self._evaluation.items())]
         full = {**history, "initial_rate": self.initial_rate, "evaluation": evaluation, **(card or {})}
         return save_pretrained(self.averaged_rule, path, full)
+
+
+def _starting_rule(preset: str, changes: dict[str, Any], weights: str | None) -> HierarchicalRNN:
+    if weights is None:
+        return HierarchicalRNN(RuleConfig.preset(preset, **changes))
+    loaded = load_pretrained(weights)
+    if not changes:
+        return loaded.train()
+    rule = HierarchicalRNN(replace(loaded.config, **changes))
+    rule.card = loaded.card
+    try:
+        rule.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"rule_changes {sorted(changes)} need other meta-parameters than the weights {weights!r} have: change "
+            "bounds such as drift_rise alone, or meta-train a new rule without `weights`."
+        ) from error
+    return rule.train()

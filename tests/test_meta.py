@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ from lightning_hrnn.export import WeightsExport
 from lightning_hrnn.meta.estimators import PES, TruncatedBackprop, Window
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.population import Population, TaskBatch, join
-from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
-from lightning_hrnn.meta.unroll import begin, unroll
+from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream, schedule_of
+from lightning_hrnn.meta.unroll import TAIL, Point, Schedule, Unrolled, begin, trailing, unroll
 from lightning_hrnn.module import MetaLearner
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
@@ -51,6 +51,58 @@ class Parabola(TaskFamily):
 def make_population(seed: int = 0) -> Population:
     families = [Parabola(), get_family("mlp", random.Random(seed)), get_family("random-bowl", random.Random(seed))]
     return Population([TaskBatch.draw(family, 3, seed) for family in families])
+
+
+def test_the_trailing_average_forgets_at_the_pace_of_age() -> None:
+    values = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    average = values[0]
+    for step, value in enumerate(values):
+        average = trailing(average, value, torch.full((3,), step + 1.0, dtype=torch.float64))
+    weights = torch.ones(50, dtype=torch.float64)
+    for step in range(50):  # each step takes its share and leaves the rest to those before
+        share = min(1.0, (TAIL + 1) / (TAIL + step + 1))
+        weights[:step] *= 1 - share
+        weights[step] = share
+    assert weights.sum().item() == pytest.approx(1)
+    assert 0.5 < weights[-6:].sum() < 0.8  # mostly the last ninth
+    torch.testing.assert_close(average, weights @ values)
+
+
+def test_losses_are_taken_at_the_point_asked_for() -> None:
+    population, rule = make_population(), HierarchicalRNN()
+    generators = [batch.generator.get_state() for batch in population.batches]
+
+    def run(point: Point, steps: int) -> Unrolled:
+        for batch, state in zip(population.batches, generators, strict=True):
+            batch.generator.set_state(state)
+        with torch.no_grad():
+            return unroll(rule, population, begin(rule, population, LOG_RATE), steps, {3, steps - 1}, point=point)
+
+    last, average, both = (run(point, 30) for point in get_args(Point))
+    assert both.losses.shape == (4, 9)
+    assert torch.equal(both.losses[::2], last.losses)
+    assert torch.equal(both.losses[1::2], average.losses)
+    assert torch.equal(last.losses[1], population.losses(last.progress.theta))
+    assert torch.equal(average.losses[1], population.losses(average.progress.average))
+    assert not torch.equal(last.losses, average.losses)
+    average_of_one = run("average", 1).progress
+    assert torch.equal(average_of_one.average, average_of_one.theta)
+
+
+def test_a_schedule_multiplies_every_update() -> None:
+    population, rule = Population([TaskBatch.draw(Parabola(), 3, 0)]), HierarchicalRNN()
+
+    def theta(schedule: Schedule, steps: int = 1) -> Tensor:
+        with torch.no_grad():
+            start = begin(rule, population, LOG_RATE)
+            return unroll(rule, population, start, steps, set(), schedule=schedule).progress.theta
+
+    start, whole = population.initial_params(), theta(lambda step: 1.0)
+    torch.testing.assert_close(theta(lambda step: 0.5) - start, (whole - start) / 2)
+    assert torch.equal(theta(lambda step: 0.0, steps=3), start)
+    assert torch.equal(theta(lambda step: float(step == 0), steps=3), whole)
+    each = torch.arange(float(len(start)))
+    torch.testing.assert_close(theta(lambda step: each) - start, (whole - start) * each)
 
 
 def test_population_lays_tasks_end_to_end() -> None:
@@ -271,6 +323,31 @@ class TestPool:
         assert len(seeds) > 3
         assert not any(value.requires_grad for place in pool for value in place.progress.state)
 
+    def test_some_tasks_cool_down_over_the_last_half_of_their_lives(self) -> None:
+        rule, stream = HierarchicalRNN(), TaskStream(get_corpus("quick"), 2, 0)
+
+        def pool(cooling: float) -> TaskPool:
+            made = TaskPool(40, Lives(40, 40, 40), (1e-4, 1e-3), cooling)
+            made.refill(stream, rule, 0, "cpu")
+            return made
+
+        assert not any(place.cools for place in pool(0))
+        assert all(place.cools for place in pool(1))
+        assert 10 < sum(place.cools for place in pool(0.5)) < 30
+        warm, cool = pool(0).places[0], pool(1).places[0]
+        for place in (warm, cool):
+            place.age = 10
+        population = Population([warm.tasks, cool.tasks])
+        schedule = schedule_of([warm, cool], population)
+        assert schedule(0) == schedule(10) == 1.0
+        later = schedule(20)  # ten steps before the end of a life of 40
+        assert isinstance(later, Tensor)
+        first, second = (block.unique().tolist() for block in later.split([warm.tasks.size, cool.tasks.size]))
+        assert (first, second) == ([1.0], [0.5])
+        assert 0 < schedule_of([cool], Population([cool.tasks]))(35).max() < 0.1  # a window may outlive a task
+        with pytest.raises(ValueError, match="cooling is a share of the tasks"):
+            pool(1.5)
+
     def test_a_pool_comes_back_as_it_was(self) -> None:
         rule, stream = HierarchicalRNN(), TaskStream(get_corpus("quick"), 2, 0)
         pool, twin = (TaskPool(3, Lives(20, 40, 40, 1), rates=(1e-3, 1e-2)) for _ in range(2))
@@ -388,6 +465,9 @@ def test_the_best_weights_are_exported_with_a_card(tmp_path: Path) -> None:
     assert HRNN([torch.nn.Parameter(torch.ones(2))], weights=path).uses_attention is False
     started = make_learner(weights=str(path))
     assert torch.equal(started.rule.decay_bias, rule.decay_bias)
+    changed = make_learner(weights=str(path), rule_changes={"drift_rise": 3.0})
+    assert (changed.rule.config.drift_rise, rule.config.drift_rise) == (3.0, 2.0)
+    assert torch.equal(changed.rule.decay_bias, rule.decay_bias)
     started.export(tmp_path / "again.safetensors")
     again = load_pretrained(tmp_path / "again.safetensors").card
     assert (again["meta_steps"], again["corpus"], again["name"]) == (rule.card["meta_steps"], "quick", "again")
@@ -453,6 +533,10 @@ def test_bad_settings_are_refused() -> None:
         make_learner(engine="gpu9")
     with pytest.raises(ValueError, match="First rates need"):
         make_learner(rates=(1.0, 0.1))
+    with pytest.raises(ValueError, match=r"rule_changes \['tensor_hidden'\] need other meta-parameters"):
+        make_learner(weights="hrnn-v0", rule_changes={"tensor_hidden": 30})
+    with pytest.raises(ValueError, match=r"scored_point must be one of \['last', 'average', 'both'\]"):
+        make_learner(scored_point="first")
     with pytest.raises(ValueError, match="at least one place"):
         make_learner(places=0)
     with pytest.raises(ValueError, match=r"unknown corpus 'big'; known: .*quick"):

@@ -14,11 +14,14 @@ from lightning_hrnn.tasks.datasets import (
     Teacher,
     TeacherRegression,
     TokenInputs,
+    TokenPairs,
     TokenTeacher,
 )
 from lightning_hrnn.tasks.draws import lookup, minibatch
 from lightning_hrnn.tasks.networks import (
     ACTIVATIONS,
+    Attention,
+    BatchNormPerceptron,
     Embedding,
     NetworkTask,
     NormPerceptron,
@@ -90,6 +93,67 @@ def test_residual_perceptron_equals_torch_nn():
             block = nn.Sequential(linear(*own[k + 2 : k + 4]), nn.ReLU(), linear(*own[k + 4 : k + 6]))
             stream = stream + block(normed)
         torch.testing.assert_close(network.forward(params, inputs)[i], linear(*own[-2:])(stream).detach())
+
+
+def test_batch_norm_perceptron_equals_torch_nn():
+    network = BatchNormPerceptron((6,), "relu")
+    params = network.init(generator(), 2, 5, 3)
+    params = [p + 0.1 * torch.randn(p.shape, generator=generator(k)) for k, p in enumerate(params)]
+    inputs = torch.randn(2, 9, 5, generator=generator())
+    for i in range(2):
+        weight, gain, shift, weight_out, bias_out = (p[i] for p in params)
+        norm = nn.BatchNorm1d(6, track_running_stats=False)
+        norm.weight.data, norm.bias.data = gain[0], shift[0]
+        model = nn.Sequential(norm, nn.ReLU(), linear(weight_out, bias_out))
+        torch.testing.assert_close(network.forward(params, inputs)[i], model(inputs[i] @ weight).detach())
+
+
+def test_attention_equals_torch_nn():
+    network = Attention(length=4, width=6, inner=8, blocks=2, activation="gelu")
+    params = network.init(generator(), 2, 5, 3)
+    assert len(params) == 2 + 2 * 12 + 4
+    params = [p + 0.1 * torch.randn(p.shape, generator=generator(k)) for k, p in enumerate(params)]
+    tokens = torch.randint(5, (2, 9, 4), generator=generator())
+    for i in range(2):
+        own = [p[i] for p in params]
+        stream = own[0][tokens[i]] + own[1]
+        for k in (2, 14):
+            layer = nn.MultiheadAttention(6, 1, batch_first=True)
+            layer.in_proj_weight.data, layer.in_proj_bias.data = own[k + 2].T, own[k + 3][0]
+            layer.out_proj.weight.data, layer.out_proj.bias.data = own[k + 4].T, own[k + 5][0]
+            normed = nn.functional.layer_norm(stream, (6,), own[k][0], own[k + 1][0])
+            stream = stream + layer(normed, normed, normed)[0]
+            normed = nn.functional.layer_norm(stream, (6,), own[k + 6][0], own[k + 7][0])
+            block = nn.Sequential(linear(*own[k + 8 : k + 10]), nn.GELU(), linear(*own[k + 10 : k + 12]))
+            stream = stream + block(normed)
+        pooled = nn.functional.layer_norm(stream.mean(1), (6,), own[-4][0], own[-3][0])
+        expected = linear(*own[-2:])(pooled).detach()
+        torch.testing.assert_close(network.forward(params, tokens)[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_of_tokens_label_and_neither_alone_does():
+    data = TokenPairs(TokenInputs(3, 4000, length=4), classes=2).draw(6, generator())
+    for tokens, targets in zip(data["inputs"], data["targets"], strict=True):
+        deciding = [
+            (first, second)
+            for first in range(4)
+            for second in range(first + 1, 4)
+            if _decide(3 * tokens[:, first] + tokens[:, second], targets)
+        ]
+        assert len(deciding) >= 1
+    mixed = sum(
+        not _decide(tokens[:, place], targets)
+        for tokens, targets in zip(data["inputs"], data["targets"], strict=True)
+        for place in range(4)
+    )
+    assert mixed > 18  # of 24: a random table seldom leaves all to one of its two tokens
+
+
+def _decide(keys, targets):
+    """Whether examples of equal keys have equal targets."""
+    highest = torch.zeros(9, dtype=torch.long).scatter_reduce_(0, keys, targets, "amax")
+    lowest = torch.ones(9, dtype=torch.long).scatter_reduce_(0, keys, targets, "amin")
+    return bool((highest[keys] == lowest[keys]).all())
 
 
 def test_embedding_and_its_one_hot_twin_agree():

@@ -17,6 +17,7 @@ from lightning_hrnn.tasks.datasets import (
     Teacher,
     TeacherRegression,
     TokenInputs,
+    TokenPairs,
     TokenTeacher,
 )
 from lightning_hrnn.tasks.draws import log_integer, log_uniform
@@ -24,6 +25,8 @@ from lightning_hrnn.tasks.functions import Bowl, ConditionedQuadratic, Quadratic
 from lightning_hrnn.tasks.networks import (
     ACTIVATIONS,
     LAYERS,
+    Attention,
+    BatchNormPerceptron,
     Embedding,
     Network,
     NetworkTask,
@@ -178,6 +181,25 @@ def embedding_mlp(rng: random.Random) -> TaskFamily:
     head = Perceptron(random_widths(rng, (0, 1), (6, 16)), random_activation(rng), random_start(rng))
     dataset = TokenTeacher(tokens, rng.randint(2, 6), rng.choice([0.0, 0.1]))
     return fit(rng, dataset, Embedding(log_integer(rng, 4, 12), head))
+
+
+@register("batch-norm-mlp")
+def batch_norm_mlp(rng: random.Random) -> TaskFamily:
+    """Classifiers with batch norm before each of 1-4 activations, on minibatches of 16-128 examples."""
+    network = BatchNormPerceptron(random_widths(rng, (1, 4), (6, 32)), random_activation(rng), random_start(rng))
+    return NetworkTask(random_classification(rng, 5, 32), network, log_integer(rng, 16, 128))
+
+
+@register("attention")
+def attention(rng: random.Random) -> TaskFamily:
+    """Classifiers of 1-2 blocks of attention over 3-8 tokens; the label may hang on a pair of them."""
+    length, width = rng.randint(3, 8), rng.choice([8, 12])
+    tokens = TokenInputs(log_integer(rng, 6, 32), log_integer(rng, 200, 500), length, rng.uniform(0, 0.8))
+    dataset = rng.choice([TokenTeacher, TokenPairs, TokenPairs])(tokens, rng.randint(2, 6), rng.choice([0.0, 0.0, 0.1]))
+    inner = width * rng.randint(1, 2)
+    blocks, scale = rng.choice([1, 1, 2]), log_uniform(rng, 0.05, 1.0)
+    network = Attention(length, width, inner, blocks, random_activation(rng), scale)
+    return NetworkTask(dataset, network, log_integer(rng, 8, 24))
 
 
 def augment(rng: random.Random, family: TaskFamily, noise: tuple[float, float]) -> TaskFamily:

@@ -210,6 +210,20 @@ class TokenTeacher(Classification):
 
 
 @dataclass(frozen=True)
+class TokenPairs(Classification):
+    """Labels by a random table of the tokens at two random places, which no place alone tells much about."""
+
+    @override
+    def draw(self, count: int, generator: torch.Generator) -> Data:
+        tokens = self.inputs.draw(count, generator)  # [B, N, L]
+        places = uniform(generator, count, tokens.shape[2]).argsort(1)[:, :2]  # [B, 2]
+        pair = tokens.gather(2, places[:, None].expand(-1, tokens.shape[1], -1))  # [B, N, 2]
+        table = integers(generator, count, self.features**2, 1, below=self.classes)
+        labels = lookup(table, pair[..., 0] * self.features + pair[..., 1]).squeeze(-1)
+        return {"inputs": tokens, "targets": self.spoil(generator, labels)}
+
+
+@dataclass(frozen=True)
 class Parity(Classification):
     """Labels by the sum of the tokens, modulo the number of classes."""
 

@@ -60,6 +60,9 @@ LAYERS: dict[str, Callable[[torch.Generator, int, int, int], Params]] = {
 }
 
 
+NORM_FLOOR = 1e-5
+
+
 def affine(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return `inputs @ weight + bias`, `[B, n, O]`."""
     return torch.baddbmm(bias, inputs, weight)
@@ -121,8 +124,22 @@ class NormPerceptron(Perceptron):
     def forward(self, params: Params, inputs: Tensor) -> Tensor:
         activation = ACTIVATIONS[self.activation]
         for k in range(0, len(params) - 2, 3):
-            inputs = activation(layer_norm(torch.bmm(inputs, params[k]), *params[k + 1 : k + 3]))
+            inputs = activation(self.normalise(torch.bmm(inputs, params[k]), *params[k + 1 : k + 3]))
         return affine(inputs, params[-2], params[-1])
+
+    def normalise(self, inputs: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        """Normalise `[B, n, O]`; gain and shift are `[B, 1, O]`."""
+        return layer_norm(inputs, gain, shift)
+
+
+@dataclass(frozen=True)
+class BatchNormPerceptron(NormPerceptron):
+    """A perceptron with batch norm, by the statistics of the batch at hand, before every activation."""
+
+    @override
+    def normalise(self, inputs: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(inputs, 1, correction=0, keepdim=True)
+        return torch.addcmul(shift, (inputs - mean) * (variance + NORM_FLOOR).rsqrt(), gain)
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,58 @@ class Embedding(Network):
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         """Map tokens `[B, n, L]` to embeddings `[B, n, L, width]`."""
         return lookup(table, tokens)
+
+
+@dataclass(frozen=True)
+class Attention(Network):
+    """Embeds tokens and places, lets tokens attend to each other, and hands the mean of the sequence to a linear map.
+
+    Blocks are pre-norm with one head: `h + attend(norm(h))`, then `h + W activation(V norm(h))`.
+
+    Args:
+        length: tokens per example, L.
+        width: numbers in an embedding, w.
+        inner: width inside a block's perceptron.
+        blocks: number of blocks.
+        activation: a key of `ACTIVATIONS`.
+        scale: standard deviation of the first embeddings.
+    """
+
+    length: int
+    width: int
+    inner: int
+    blocks: int = 1
+    activation: str = "gelu"
+    scale: float = 0.3
+
+    @override
+    def init(self, generator: torch.Generator, count: int, features: int, outputs: int) -> Params:
+        width = self.width
+        params = [self.scale * normal(generator, count, entries, width) for entries in (features, self.length)]
+        ones, zeros = params[0].new_ones(count, 1, width), params[0].new_zeros(count, 1, width)
+        for _ in range(self.blocks):
+            params += [ones.clone(), zeros.clone()]
+            params += uniform_layer(generator, count, width, 3 * width)
+            params += uniform_layer(generator, count, width, width)
+            params += [ones.clone(), zeros.clone()]
+            params += uniform_layer(generator, count, width, self.inner)
+            params += uniform_layer(generator, count, self.inner, width)
+        return [*params, ones.clone(), zeros.clone(), *uniform_layer(generator, count, width, outputs)]
+
+    @override
+    def forward(self, params: Params, inputs: Tensor) -> Tensor:
+        activation = ACTIVATIONS[self.activation]
+        examples = inputs.shape[1:]  # n, L
+        stream = (lookup(params[0], inputs) + params[1].unsqueeze(1)).flatten(1, 2)  # [B, n L, w]
+        for k in range(2, len(params) - 4, 12):
+            block = params[k : k + 12]
+            query, key, value = affine(layer_norm(stream, *block[:2]), *block[2:4]).unflatten(1, examples).chunk(3, -1)
+            weights = (query @ key.transpose(-1, -2) / math.sqrt(self.width)).softmax(-1)  # [B, n, L, L]
+            stream = stream + affine((weights @ value).flatten(1, 2), *block[4:6])
+            inner = activation(affine(layer_norm(stream, *block[6:8]), *block[8:10]))
+            stream = stream + affine(inner, *block[10:12])
+        pooled = stream.unflatten(1, examples).mean(2)  # [B, n, w]
+        return affine(layer_norm(pooled, *params[-4:-2]), *params[-2:])
 
 
 @dataclass(frozen=True)
