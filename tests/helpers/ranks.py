@@ -1,7 +1,8 @@
-"""Checks that several processes run together, as ranks of one gloo group, forked from this one: nothing is imported anew."""
+"""Checks that several processes run together, as ranks of one gloo group, forked from this one."""
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -13,19 +14,38 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Check = Callable[[Path], Any]
+NOT_RUN = "Not run, for the ranks failed before"
 
 
-def run_on_ranks(checks: Sequence[Check], folder: Path, ranks: int = 2) -> dict[str, str]:
+def run_on_ranks(checks: Sequence[Check], folder: Path, ranks: int = 2, timeout: float = 300) -> dict[str, str]:
     """Let ranks run the checks one after the other; return the tracebacks of each, empty if it passed on all ranks.
 
-    The processes look to Lightning like those of torchrun, so that `devices=ranks` launches nothing.
+    The first failure ends the run, for the ranks are out of step then. The processes look to Lightning like those of
+    torchrun, so that `devices=ranks` launches nothing.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(_rank, (ranks, port, checks, folder), nprocs=ranks, start_method="fork")
-    told = [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
-    return {check.__name__: "\n".join(filter(None, (one[check.__name__] for one in told))) for check in checks}
+    arguments = (ranks, port, checks, folder)
+    context = torch.multiprocessing.start_processes(_rank, arguments, nprocs=ranks, join=False, start_method="fork")
+    until = time.monotonic() + timeout
+    while not context.join(5):
+        if time.monotonic() > until:
+            for process in context.processes:
+                process.kill()
+            break
+    files = [file for rank in range(ranks) if (file := folder / f"rank{rank}.pt").exists()]
+    if len(files) < ranks:
+        return dict.fromkeys(
+            (check.__name__ for check in checks), f"{len(files)} of {ranks} ranks told how they fared."
+        )
+    told = [torch.load(file) for file in files]
+    for file in files:
+        file.unlink()
+    return {
+        check.__name__: "\n".join(one.get(check.__name__, f"{NOT_RUN}: {list(one)}") for one in told).strip()
+        for check in checks
+    }
 
 
 def _rank(rank: int, ranks: int, port: int, checks: Sequence[Check], folder: Path) -> None:
@@ -40,20 +60,22 @@ def _rank(rank: int, ranks: int, port: int, checks: Sequence[Check], folder: Pat
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="tests",
     )
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    told = {}
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    told: dict[str, str] = {}
     for check in checks:
         torch.manual_seed(0)
         place = folder / check.__name__
         place.mkdir(exist_ok=True)
         try:
             check(place)
+            torch.distributed.barrier()
             told[check.__name__] = ""
         except Exception:
             told[check.__name__] = f"rank {rank}: {traceback.format_exc()}"
-        torch.distributed.barrier()
+            break
     torch.save(told, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    if not any(told.values()):
+        torch.distributed.destroy_process_group()
 
 
 def whole(value: Tensor) -> Tensor:
