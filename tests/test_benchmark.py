@@ -140,7 +140,7 @@ def test_a_real_network_has_shares_of_an_iteration(rows):
 def test_both_estimators_ran_on_every_engine(rows):
     engines = [name for name in ("eager", "cpp") if available_kernels()[name] == "available"]
     found = [(row["engine"], row["estimator"]) for row in rows[2]]
-    assert found == list(itertools.product(engines, ("truncated_backprop", "forward_only")))
+    assert found == list(itertools.product(engines, ("truncated_backprop", "forward_only", "pes")))
     speeds = {(row["engine"], row["estimator"]): row["task_param_steps_per_s"] for row in rows[2]}
     assert rows[2][0]["ratio_to_eager"] == 1
     assert min(speeds.values()) > 1000

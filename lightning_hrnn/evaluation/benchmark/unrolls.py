@@ -11,16 +11,21 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_hrnn.evaluation.benchmark.clock import Tick, Timings, interleave
+from lightning_hrnn.meta.estimators import PES, Window
+from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.population import Population, TaskBatch
+from lightning_hrnn.meta.truncation import Lives, Place, TaskPool
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 from lightning_hrnn.optimizer.kernels import choose_engine
 from lightning_hrnn.tasks.corpus import get_corpus
 
 ENGINES = {"cpu": ("eager", "cpp"), "cuda": ("eager",)}
-BACKPROP, FORWARD = "truncated_backprop", "forward_only"
+BACKPROP, FORWARD, STRATEGY = "truncated_backprop", "forward_only", "pes"
 BASE = f"{BACKPROP} eager"
+RUNS = {BACKPROP: 1, FORWARD: 1, STRATEGY: 2}
+"""How often a window takes the inner steps of a task: evolution strategies, with and against a perturbation."""
 LOG_RATE = -7.0  # of the first learned rates
 
 
@@ -44,8 +49,9 @@ def measure_unrolls(
 ) -> list[dict[str, Any]]:
     """Time truncation windows in turns, the tasks' own gradients and losses included.
 
-    `"truncated_backprop"` is a window with the meta-gradient, `"forward_only"` one without: what an estimator pays
-    that perturbs the meta-parameters instead. Every ratio is to truncated backprop on the eager engine.
+    `"truncated_backprop"` is a window with the meta-gradient, `"forward_only"` one without, `"pes"` one of persistent
+    evolution strategies, which take every task's steps twice. Every ratio is of inner steps per second, to truncated
+    backprop on the eager engine.
 
     Args:
         rule: the update rule.
@@ -67,7 +73,7 @@ def measure_unrolls(
     calls: dict[str, Callable[[], object]] = {}
     names = []
     for engine, level in _engines(rule, device).items():
-        for estimator, window in ((BACKPROP, _backprop), (FORWARD, _forward)):
+        for estimator, window in ((BACKPROP, _backprop), (FORWARD, _forward), (STRATEGY, _pes)):
             calls[f"{estimator} {engine}"] = partial(window, rule, population, size.window, level)
             names.append((estimator, engine))
     timings = interleave(calls, device, rounds, shortest, tick)
@@ -96,11 +102,22 @@ def _forward(rule: HierarchicalRNN, population: Population, steps: int, engine: 
     unroll(rule, population, begin(rule, population, LOG_RATE), steps, {steps - 1}, engine)
 
 
+@torch.no_grad()
+def _pes(rule: HierarchicalRNN, population: Population, steps: int, engine: ParamLevelEngine | None) -> None:
+    """Estimate the meta-gradient of tasks at the start of their runs."""
+    pool = TaskPool(len(population.batches), Lives(), rates=(1.0, 1.0))
+    for seed, batch in enumerate(population.batches):
+        alone = Population([batch])
+        progress, losses = begin(rule, alone, LOG_RATE), alone.losses(alone.initial_params())
+        pool.places.append(Place(seed, batch, progress, losses, age=0, life=steps, cools=False))
+    PES()(rule, pool, Window(steps, {steps - 1}, LogRatio(), engine))
+
+
 def _row(estimator: str, engine: str, steps: int, timings: Timings) -> dict[str, Any]:
     name = f"{estimator} {engine}"
     return {
         "estimator": estimator,
         "engine": engine,
-        "task_param_steps_per_s": steps / timings.median(name),
-        "ratio_to_eager": timings.ratio(BASE, name),
+        "task_param_steps_per_s": RUNS[estimator] * steps / timings.median(name),
+        "ratio_to_eager": RUNS[estimator] * timings.ratio(BASE, name),
     }
