@@ -2,40 +2,78 @@
 
 import pytest
 import torch
-from helpers.modules import Batches, Regression, attentive_rule, by_hand, quiet_trainer
+from helpers.modules import Batches, Regression, attentive_rule, by_hand, quiet_trainer, same_state
 from helpers.ranks import assert_same_on_all_ranks, run_on_ranks, whole
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_hrnn.callbacks import HRNNOptimizerCallback
 from lightning_hrnn.optimizer.optimizer import HRNN
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+]
+
+CLIP = 0.05
+
 
 class Halves(Regression):
-    """Each rank takes its half of every batch. Uneven: 4 inputs, 6 hidden units, of the head rank 1 has nothing."""
+    """Each rank takes its part of every batch."""
 
     def loss(self, batch):
         return super().loss(tuple(value.chunk(self.trainer.world_size)[self.global_rank] for value in batch))
 
 
 class Sharded(Halves):
-    """The same under FSDP2."""
+    """The same under FSDP2; of the head, whose one row the first rank has, the second has nothing."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments)
+        self.options = options
 
     def configure_model(self):
         if not isinstance(self.head.weight, DTensor):
             for layer in (self.backbone, self.head):
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"], **self.options)
 
 
-def strategy(**arguments):
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **arguments)
+def shards(ranks=2, **arguments):
+    return {"devices": ranks, "strategy": ModelParallelStrategy(ranks, 1, **arguments)}
 
 
 def state_of(optimizer):
     """All that an optimizer remembers, gathered."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return [{key: whole(value) for key, value in optimizer.state[param].items()} for param in params]
+    return [{key: whole(value).clone() for key, value in optimizer.state[param].items()} for param in params]
+
+
+def weights_of(module):
+    return {name: whole(param).clone() for name, param in module.named_parameters()}
+
+
+def fit(folder, module, ckpt_path=None, **arguments):
+    """Four epochs of training with everything on, a checkpoint after each."""
+    saves = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    callback = HRNNOptimizerCallback(attentive_rule())
+    options = {"max_epochs": 4, "enable_checkpointing": True, "accumulate_grad_batches": 2, "gradient_clip_val": CLIP}
+    trainer = quiet_trainer(folder, callback, saves, **options, **arguments)
+    trainer.fit(module, Batches(5), ckpt_path=ckpt_path)
+    (optimizer,) = trainer.optimizers
+    assert isinstance(optimizer, HRNN)
+    return module, optimizer
+
+
+def assert_close_to_one_device(module, folder):
+    for name, value in torch.load(folder / "one_device" / "weights.pt").items():
+        torch.testing.assert_close(weights_of(module)[name], value, rtol=1e-4, atol=1e-6)
+
+
+# -- two ranks
 
 
 def check_one_trajectory(folder):
@@ -43,9 +81,9 @@ def check_one_trajectory(folder):
     rule, batches = attentive_rule(), Batches(5)
     single = Regression()
     alone = by_hand(single, batches, accumulate=2, weights=rule, weight_decay=0.01)
-    for module, kind in ((Halves(), "ddp"), (Sharded(), strategy())):
-        callback = HRNNOptimizerCallback(rule, cooldown=0)
-        trainer = quiet_trainer(folder, callback, devices=2, strategy=kind, accumulate_grad_batches=2)
+    for module, how in ((Halves(), {"devices": 2, "strategy": "ddp"}), (Sharded(), shards())):
+        callback = HRNNOptimizerCallback(rule)
+        trainer = quiet_trainer(folder, callback, accumulate_grad_batches=2, **how)
         trainer.fit(module, batches)
         (optimizer,) = trainer.optimizers
         assert isinstance(optimizer, HRNN)
@@ -57,17 +95,103 @@ def check_one_trajectory(folder):
             for key in ours:
                 torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-6)
                 assert_same_on_all_ranks(ours[key])
+    assert module.head.weight.to_local().numel() == (6, 0)[module.global_rank]
 
 
-TWO_RANKS = [check_one_trajectory]
+def resume_is_exact(folder, distributed):
+    how = shards(save_distributed_checkpoint=distributed)
+    module, optimizer = fit(folder, Sharded(), **how)
+    assert_close_to_one_device(module, folder.parent)
+    path = folder / "epoch=1.ckpt"
+    assert path.is_dir() == distributed
+    resumed, second = fit(folder, Sharded(), path, **shards(save_distributed_checkpoint=distributed))
+    assert same_state(weights_of(module), weights_of(resumed))
+    assert same_state(state_of(optimizer), state_of(second))
+    assert second.param_groups[0].keys() == optimizer.param_groups[0].keys()
+    assert second.state[resumed.backbone.weight]["hidden"].placements == (Shard(1),)
+
+
+def check_full_checkpoints(folder):
+    resume_is_exact(folder, distributed=False)
+
+
+def check_sharded_checkpoints(folder):
+    resume_is_exact(folder, distributed=True)
+
+
+def check_going_on_from_one_device(folder):
+    path = folder.parent / "one_device" / "epoch=1.ckpt"
+    module, _ = fit(folder, Sharded(), path, **shards())
+    assert_close_to_one_device(module, folder.parent)
+
+
+def check_precisions(folder):
+    """What moves in 16 bits moves almost like what moves in 32, and the state stays in 32."""
+    start, moved = weights_of(Regression()), {}
+    cases = {
+        "32-true": Sharded(),
+        "bf16-true": Sharded(),
+        "policy": Sharded(mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)),
+    }
+    for name, module in cases.items():
+        precision = "32-true" if name == "policy" else name
+        _, optimizer = fit(folder / name, module, precision=precision, **shards())
+        assert module.backbone.weight.dtype == (torch.bfloat16 if name == "bf16-true" else torch.float32)
+        assert {value.dtype for value in optimizer.state[module.backbone.weight].values()} <= {
+            torch.float32,
+            module.backbone.weight.dtype,  # of the look-ahead
+        }
+        after = weights_of(module)
+        moved[name] = torch.cat([(after[key].float() - start[key]).flatten() for key in start])
+    for name, share in (("bf16-true", 0.5), ("policy", 0.2)):  # weights in 16 bits move by few of their last bits
+        assert (moved[name] - moved["32-true"]).norm() < share * moved["32-true"].norm()
+
+
+def check_checkpoints_of_another_optimizer(folder):
+    saves = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    how = shards(save_distributed_checkpoint=False)
+    quiet_trainer(folder, saves, max_epochs=1, enable_checkpointing=True, **how).fit(Sharded(), Batches(5))
+    how = shards(save_distributed_checkpoint=False)
+    with pytest.raises((ValueError, MisconfigurationException), match=r"not the state of HRNN.*exp_avg"):
+        fit(folder, Sharded(), folder / "epoch=0.ckpt", **how)
+
+
+TWO_RANKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
+
+
+# -- one rank, after them
+
+
+def check_shards_of_two_ranks_go_on_at_one(folder):
+    path = folder.parent / "check_sharded_checkpoints" / "epoch=1.ckpt"
+    module, _ = fit(folder, Sharded(), path, **shards(ranks=1))
+    assert_close_to_one_device(module, folder.parent)
+
+
+ONE_RANK = [check_shards_of_two_ranks_go_on_at_one]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    return run_on_ranks(TWO_RANKS, tmp_path_factory.mktemp("two_ranks"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp2")
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
-@pytest.mark.parametrize("check", [check.__name__ for check in TWO_RANKS])
-def test_on_two_ranks(two_ranks, check):
-    assert not two_ranks[check], two_ranks[check]
+@pytest.fixture(scope="module")
+def reports(folder):
+    one_device, _ = fit(folder / "one_device", Regression())
+    torch.save(weights_of(one_device), folder / "one_device" / "weights.pt")
+    return run_on_ranks(TWO_RANKS, folder) | run_on_ranks(ONE_RANK, folder, ranks=1)
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in TWO_RANKS + ONE_RANK])
+def test_on_ranks(reports, check):
+    assert not reports[check], reports[check]
+
+
+def test_a_full_checkpoint_goes_on_at_one_device(reports, folder, tmp_path):
+    path = folder / "check_full_checkpoints" / "epoch=1.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content["optimizer_states"][0]["param_groups"][0]["hrnn"]["weights"] == "custom"
+    module, optimizer = fit(tmp_path, Regression(), path)
+    assert_close_to_one_device(module, folder)
+    assert not any(isinstance(value, DTensor) for state in optimizer.state.values() for value in state.values())
