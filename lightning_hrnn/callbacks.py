@@ -31,7 +31,7 @@ from lightning_hrnn.configure import (
 from lightning_hrnn.divergence import DivergenceWatch, OnDivergence
 from lightning_hrnn.optimizer.adapt import OtherWeights
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
-from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.optimizer import HRNN, Rate
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 from lightning_hrnn.optimizer.schedule import SHARE, cooldown
 from lightning_hrnn.optimizer.state import FALLBACK_LR, note_of
@@ -73,6 +73,8 @@ class HRNNOptimizerCallback(Callback):
         cooldown: share of the run, its last part, over which the learned rates go down to zero on a straight line: the
             noise of the steps settles, and the loss with it. Where `max_steps` or `max_epochs` says when the fit
             ends; with `schedulers="keep"` the module's schedulers do it instead. 0 for none.
+        rate: `"learned"`, or `"given"`: the learning rates and schedulers of the module mean what they say, and HRNN
+            supplies the direction of a step alone: see `HRNN`. `lr` multiplies them, and there is no cooldown.
         telemetry: what goes to the Trainer's loggers as `hrnn/...` every `log_every_n_steps`: `"model"`, one number
             each for the model; `"tensor"`, also one for each tensor; `"off"`, nothing. Unless off, one line at the
             start of a fit says what memory and time the optimizer takes.
@@ -102,6 +104,7 @@ class HRNNOptimizerCallback(Callback):
         kernel: str = "auto",
         initial_rate: float | None = None,
         cooldown: float = SHARE,
+        rate: Rate = "learned",
         telemetry: Detail = "model",
         on_divergence: OnDivergence = "stop",
         patience: int = 50,
@@ -112,7 +115,7 @@ class HRNNOptimizerCallback(Callback):
         if patience < 1:
             raise ValueError(f"patience is a number of steps and must be at least 1, not {patience}")
         self.options = HRNNOptions(
-            weights, lr, weight_decay, schedulers, kernel, initial_rate, cooldown, other_weights, on_divergence
+            weights, lr, weight_decay, schedulers, kernel, initial_rate, cooldown, rate, other_weights, on_divergence
         )
         self._telemetry = Telemetry(telemetry, kernel)
         self._watch = DivergenceWatch(on_divergence, patience)
@@ -153,7 +156,7 @@ class HRNNOptimizerCallback(Callback):
             optimizer.cooldown = multiplier
 
     def _multiplier(self, trainer: Trainer) -> float:
-        done = None if self.options.schedulers == "keep" else progress(trainer)
+        done = None if self.options.keeps_schedulers or self.options.rate == "given" else progress(trainer)
         return 1.0 if done is None else cooldown(done, 1, self.options.cooldown)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,7 +232,7 @@ class HRNNOptimizerCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the multipliers, to notice who takes them for step lengths; begin to log and to watch."""
-        keeps = self.options.schedulers == "keep"
+        keeps = self.options.keeps_schedulers or self.options.rate == "given"
         self._at_start = [[group["lr"] for group in opt.param_groups] for opt in _hrnns(trainer) if not keeps]
         self._telemetry.start(trainer, pl_module, _hrnns(trainer))
         self._watch.start(trainer, _hrnns(trainer))

@@ -25,7 +25,7 @@ from lightning_hrnn.divergence import OnDivergence
 from lightning_hrnn.optimizer.adapt import OtherWeights
 from lightning_hrnn.optimizer.fallback import DEFAULT_FALLBACK_LR, HRNNWithFallback
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
-from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.optimizer import HRNN, Rate
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, read_card
 from lightning_hrnn.optimizer.schedule import SHARE
 from lightning_hrnn.schedulers import LR_KEYS, base_rates, hold, keep
@@ -55,6 +55,8 @@ class HRNNOptions:
         initial_rate: first learned rate; see `HRNN`.
         cooldown: share of the run, its last part, over which the learned rates go down to zero, from 0 to 1; see
             `HRNNOptimizerCallback`.
+        rate: `"given"` takes the module's learning rates and schedulers for what they say; see
+            `HRNNOptimizerCallback`.
         other_weights: what becomes of a saved state made with other weights; see `HRNN`.
         on_divergence: `"adamw"` builds optimizers that can fall back to AdamW, at the learning rate of the one they
             stand in for if that is of Adam's family; see `HRNNOptimizerCallback`.
@@ -70,6 +72,7 @@ class HRNNOptions:
     kernel: str = "auto"
     initial_rate: float | None = None
     cooldown: float = SHARE
+    rate: Rate = "learned"
     other_weights: OtherWeights = "refuse"
     on_divergence: OnDivergence = "stop"
 
@@ -82,13 +85,21 @@ class HRNNOptions:
             raise ValueError(f"cooldown is a share of the run and must be from 0 to 1, not {self.cooldown}")
         for name, choices in (
             ("schedulers", SchedulerPolicy),
+            ("rate", Rate),
             ("other_weights", OtherWeights),
             ("on_divergence", OnDivergence),
         ):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
+        if self.rate == "given" and self.initial_rate is not None:
+            raise ValueError("with rate='given' there is no learned rate to begin: drop initial_rate")
         if not isinstance(self.weights, HierarchicalRNN):
             read_card(self.weights)
+
+    @property
+    def keeps_schedulers(self) -> bool:
+        """Tell whether the module's schedulers go on."""
+        return (self.schedulers == "keep" or (self.rate == "given" and self.schedulers == "drop")) and self.lr > 0
 
     @property
     def weights_name(self) -> str:
@@ -103,6 +114,7 @@ class HRNNOptions:
             "weight_decay": weight_decay,
             "kernel": self.kernel,
             "initial_rate": self.initial_rate,
+            "rate": self.rate,
             "other_weights": self.other_weights,
         }
         if self.on_divergence == "adamw":
@@ -147,6 +159,11 @@ def _over_all(module: LightningModule, options: HRNNOptions) -> HRNN:
             f"{type(module).__name__} has no trainable parameter. Unfreeze some, or build layers made in "
             "`configure_model` before the optimizer."
         )
+    if options.rate == "given" and options.lr >= 1:
+        raise ValueError(
+            f"{type(module).__name__} configures no optimizer whose learning rate could be taken with rate='given': "
+            "say it by lr, such as lr=1e-3."
+        )
     return options.build(params, options.weight_decay or 0.0)
 
 
@@ -177,11 +194,12 @@ class Conversion:
         if not self.new:
             return "nothing to replace: configure_optimizers returned no optimizer that is not HRNN already."
         options = self.options
-        text = f"{_names(self.new)} -> HRNN (weights: {options.weights_name}, lr: {options.lr:g} x the learned rates)."
+        rates = f"{options.lr:g} x the {'learned' if options.rate == 'learned' else 'given'} rates"
+        text = f"{_names(self.new)} -> HRNN (weights: {options.weights_name}, lr: {rates})."
         if lower := sorted(self.ratios - {1.0}):
             text += f" Param groups of lower learning rate keep the ratio: {', '.join(map('{:g}'.format, lower))}."
         if kept := _names(s for s in self.schedulers if s.optimizer in self.new.values()):
-            text += f" Scaling the learned rates: {kept}."
+            text += f" {'Scaling the learned rates' if options.rate == 'learned' else 'Scheduling'}: {kept}."
         if dropped := _names(s for s in self.schedulers if s.optimizer in self.new):
             text += f" Dropped: {dropped}; schedulers='keep' would let them scale the learned rates."
         return text
@@ -217,7 +235,13 @@ class Conversion:
     def _groups(self, old: Optimizer, schedulers: list[LRScheduler]) -> list[dict[str, Any]]:
         """Copy the param groups of an optimizer, learning rates as multipliers."""
         bases = base_rates(old, schedulers)
-        largest = max((base for base in bases if base is not None), default=0.0) or 1.0
+        given = self.options.rate == "given"
+        if given and None in bases:
+            raise MisconfigurationException(
+                f"rate='given' takes the learning rates of {type(old).__name__}, and one of its param groups has none. "
+                "Give it an lr, or choose rate='learned'."
+            )
+        largest = 1.0 if given else max((base for base in bases if base is not None), default=0.0) or 1.0
         unit = self.units[old] = largest / self.options.lr if self.options.lr else float("inf")
         decays = any(group.get("weight_decay") for group in old.param_groups)
         groups = []
@@ -226,17 +250,13 @@ class Conversion:
             new.update({key: float(new[key]) / unit for key in LR_KEYS if new.get(key) is not None})
             if base is None:
                 new["lr"] = self.options.lr
-            elif not self._keeps:  # a dropped scheduler must not leave its warm-up behind
+            elif not self.options.keeps_schedulers:  # a dropped scheduler must not leave its warm-up behind
                 new.update({key: base / unit for key in ("lr", "initial_lr") if key in new})
-            self.ratios.add(1.0 if base is None else base / largest)
+            self.ratios.add(1.0 if base is None or given else base / largest)
             if self.options.weight_decay is not None and (new.get("weight_decay") or not decays):
                 new["weight_decay"] = self.options.weight_decay
             groups.append(new)
         return groups
-
-    @property
-    def _keeps(self) -> bool:
-        return self.options.schedulers == "keep" and self.options.lr > 0
 
     def _scheduler(self, config: Any) -> Any:
         """Convert a scheduler, or the dictionary with Lightning's settings around it."""
@@ -253,7 +273,7 @@ class Conversion:
                 f"configure_optimizers returned a {name} and schedulers='refuse' was asked for. HRNN learns its own "
                 "rates: return no scheduler, or choose schedulers='drop' or 'keep'."
             )
-        if not self._keeps:
+        if not self.options.keeps_schedulers:
             return hold(new)
         if not isinstance(config, LRScheduler):
             raise MisconfigurationException(

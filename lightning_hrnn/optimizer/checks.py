@@ -15,6 +15,8 @@ from lightning_hrnn.optimizer.state import FALLBACK_LR, LOOKAHEAD, STATE_KEYS, n
 
 def check_group(group: dict[str, Any]) -> None:
     """Refuse numbers out of range and parameters for which the rule is not defined."""
+    if math.isnan(group["lr"]):
+        raise ValueError("lr is missing: with rate='given' it is the rate itself, such as 1e-3.")
     for key in ("lr", "weight_decay"):
         if not 0 <= float(group[key]) < math.inf:
             raise ValueError(f"{key} must be zero or more, not {group[key]}.")

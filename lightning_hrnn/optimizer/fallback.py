@@ -25,7 +25,7 @@ class HRNNWithFallback(HRNN):
 
     Args:
         params: parameters, or dicts of parameter groups.
-        fallback_lr: AdamW's learning rate for a multiplier of 1.
+        fallback_lr: AdamW's learning rate for a multiplier of 1; with `rate="given"` AdamW takes `lr` as it is.
         options: see `HRNN`.
 
     Raises:
@@ -44,7 +44,7 @@ class HRNNWithFallback(HRNN):
     def __init__(self, params: Any, *, fallback_lr: float = DEFAULT_FALLBACK_LR, **options: Any) -> None:
         if not 0 < fallback_lr < math.inf:
             raise ValueError(f"fallback_lr must be positive, not {fallback_lr}.")
-        self.fallback_lr = fallback_lr
+        self.fallback_lr = fallback_lr if options.get("rate", "learned") == "learned" else 1.0
         self._adamw: AdamW | None = None
         super().__init__(params, **options)
 

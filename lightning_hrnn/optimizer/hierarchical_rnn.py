@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -262,6 +263,15 @@ class HierarchicalRNN(nn.Module):
         for name in config.readouts[1:]:  # attention starts equal to the update
             self.directions[name].load_state_dict(self.directions["direction"].state_dict())
         self.rate = BoundedRate(config) if config.rate == "bounded" else SmoothedRate(config)
+
+    def without_rate(self) -> HierarchicalRNN:
+        """Return a copy that leaves log rates where they are put: it supplies direction and timescales alone."""
+        copy = deepcopy(self)
+        with torch.no_grad():
+            for name in ("momentary", "momentary_bias", "drift", "drift_bias", "weight", "bias", "offset"):
+                if hasattr(copy.rate, name):
+                    getattr(copy.rate, name).zero_()
+        return copy
 
     @property
     def rate_per_param(self) -> bool:

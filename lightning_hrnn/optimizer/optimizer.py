@@ -16,16 +16,17 @@ from contextlib import contextmanager
 from copy import deepcopy
 from itertools import compress
 from pathlib import Path
-from typing import Any, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from lightning_hrnn.optimizer.adapt import OtherWeights, adapt_state
 from lightning_hrnn.optimizer.checks import check_fit, check_gradient, check_group, check_kind, check_one_device
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
-from lightning_hrnn.optimizer.kernels import FromAbove, StepKernel, TensorWork, choose_kernel
+from lightning_hrnn.optimizer.kernels import StepKernel, TensorWork, choose_kernel
 from lightning_hrnn.optimizer.levels import (
     Totals,
     from_above,
@@ -36,8 +37,10 @@ from lightning_hrnn.optimizer.levels import (
     upper_state,
 )
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, load_pretrained
-from lightning_hrnn.optimizer.sharding import Ranks, local, local_grad
+from lightning_hrnn.optimizer.sharding import Ranks, is_sharded, local, local_grad
 from lightning_hrnn.optimizer.state import LOOKAHEAD, NOTE, STATE_DTYPES, initial_state, loaded_state, note_of
+
+Rate = Literal["learned", "given"]
 
 
 class HRNN(Optimizer):
@@ -46,10 +49,13 @@ class HRNN(Optimizer):
     Args:
         params: parameters, or dicts of parameter groups.
         weights: name of shipped weights, path of a `.safetensors` file, or a rule.
-        lr: multiplier of the learned rate, of each group. 1 is the rule as trained; 0 leaves parameters and state
-            alone. Schedulers may move it.
+        lr: multiplier of the learned rate, of each group. 1, the rule as trained, if `None`; 0 leaves parameters and
+            state alone. Schedulers may move it. With `rate="given"`, the rate itself.
         weight_decay: decoupled decay, of each group: `theta -= lr * rate * weight_decay * theta`, with `rate` the
             tensor's learned rate; the same numbers as for `torch.optim.AdamW` are right.
+        rate: `"learned"`, or `"given"`: `lr` *is* the root mean square of every tensor's update, before weight decay,
+            and the rule supplies direction and timescales alone. For who wants a schedule of their own; about
+            the numbers that are right for Adam, or somewhat less.
         initial_rate: first learned rate, of each group: root mean square of a tensor's first update. The weights'
             own if `None`.
         kernel: how the step is computed, `"auto"` or a name of `available_kernels()`.
@@ -78,9 +84,10 @@ class HRNN(Optimizer):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         weights: str | Path | HierarchicalRNN = DEFAULT_WEIGHTS,
-        lr: float = 1.0,
+        lr: float | None = None,
         weight_decay: float = 0.0,
         *,
+        rate: Rate = "learned",
         initial_rate: float | None = None,
         kernel: str = "auto",
         state_dtype: torch.dtype = torch.float32,
@@ -90,8 +97,13 @@ class HRNN(Optimizer):
             raise ValueError(f"other_weights must be one of {choices}, not {other_weights!r}.")
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype must be one of {list(STATE_DTYPES)}, not {state_dtype}.")
+        if rate not in (choices := get_args(Rate)):
+            raise ValueError(f"rate must be one of {choices}, not {rate!r}.")
+        if rate == "given" and initial_rate is not None:
+            raise ValueError("With rate='given' there is no learned rate to begin: drop initial_rate, and set lr.")
         rule = weights if isinstance(weights, HierarchicalRNN) else load_pretrained(weights)
-        self._rules = {torch.device("cpu"): _frozen(rule)}
+        self._rules = {torch.device("cpu"): _frozen(rule if rate == "learned" else rule.without_rate())}
+        self._rate, self._given = rate, dict[Tensor, float]()  # the second: log rates as put, with `rate="given"`
         self._weights_name = "custom" if isinstance(weights, HierarchicalRNN) else str(weights)
         self._fingerprint = fingerprint(rule)
         self._first_rate = float(rule.card.get("initial_rate", 1e-3))
@@ -102,7 +114,10 @@ class HRNN(Optimizer):
         self._ranks = Ranks()
         self._true_weights: dict[Tensor, Tensor] = {}  # this rank's shards
         self._skipped = 0
+        self._unread: Tensor | None = None  # skipped steps that the device has counted since
         self.cooldown = 1.0
+        if lr is None:
+            lr = 1.0 if rate == "learned" else math.nan  # which check_group refuses
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "initial_rate": initial_rate})
 
     # ------------------------------------------------------------------ groups and state
@@ -180,12 +195,16 @@ class HRNN(Optimizer):
 
     def _advance(self) -> None:
         """Move the parameters by the gradients they have."""
-        params, work = self._members()
+        params, work, proceed = self._members()
         if params:
-            self._update(params, work)
+            self._update(params, work, proceed)
 
-    def _members(self) -> tuple[list[Tensor], list[TensorWork]]:
-        """Return the parameters that move in this step, on every rank the same; none if a gradient is not finite."""
+    def _members(self) -> tuple[list[Tensor], list[TensorWork], Tensor | None]:
+        """Return the parameters that move in this step, on every rank the same; none if a gradient is not finite.
+
+        Whether all are finite is known at once on the CPU and where ranks must agree. On another device a flag says it,
+        the last of what is returned, and the device counts the step if it is skipped: nobody waits.
+        """
         members = []
         for group in self.param_groups:
             if float(group["lr"]) * self.cooldown == 0:
@@ -195,19 +214,25 @@ class HRNN(Optimizer):
                 if param.numel() and (param.grad is not None or self._ranks.several):
                     members.append((param, group, local_grad(param)))
         if not members:
-            return [], []
+            return [], [], None
         check_one_device([param for param, *_ in members])
-        moves, finite = self._ranks.agree([grad for *_, grad in members], members[0][0].device)
-        if not finite:
+        device = members[0][0].device
+        moves, finite = self._ranks.agree([grad for *_, grad in members], device, wait=_waits_for(device))
+        proceed = finite if isinstance(finite, Tensor) else None
+        if proceed is not None:
+            if self._unread is None or self._unread.device != device:
+                self._unread = torch.zeros((), dtype=torch.int64, device=device)
+            self._unread.add_(proceed.logical_not())
+        elif not finite:
             self._count_skipped()
-            return [], []
+            return [], [], None
         members = list(compress(members, moves))
-        return [param for param, *_ in members], [self._work(*member) for member in members]
+        return [param for param, *_ in members], [self._work(*member) for member in members], proceed
 
-    def _count_skipped(self) -> None:
-        """Count a skipped step, and warn the first time."""
-        self._skipped += 1
-        if self._skipped == 1:
+    def _count_skipped(self, count: int = 1) -> None:
+        """Count skipped steps, and warn the first time."""
+        self._skipped += count
+        if self._skipped == count:
             warnings.warn(
                 "HRNN skipped a step, because a gradient was not finite; parameters and state stay as they were. "
                 "Later ones are only counted, in HRNN.skipped_steps. If many steps are skipped, look for the "
@@ -219,6 +244,10 @@ class HRNN(Optimizer):
     def _work(self, param: Tensor, group: dict[str, Any], grad: Tensor | None) -> TensorWork:
         state = self.state[param]
         shard, lookahead = local(param), state.get(LOOKAHEAD)
+        lr = float(group["lr"]) * self.cooldown
+        if self._rate == "given":
+            self._put_rate(param, math.log(lr))
+            lr = 1.0
         return TensorWork(
             param=shard,
             grad=torch.zeros_like(shard) if grad is None else grad,  # where other ranks alone have one
@@ -227,27 +256,33 @@ class HRNN(Optimizer):
             square=local(state["square"]),
             log_rate=local(state["log_rate"]),
             lookahead=None if lookahead is None else local(lookahead),
-            lr=float(group["lr"]) * self.cooldown,
+            lr=lr,
             weight_decay=float(group["weight_decay"]),
         )
 
-    def _update(self, params: Sequence[Tensor], work: Sequence[TensorWork]) -> None:
+    def _put_rate(self, param: Tensor, log_rate: float) -> None:
+        if self._given.get(param) != log_rate:
+            local(self.state[param]["log_rate"]).fill_(log_rate)
+            self._given[param] = log_rate
+
+    def _update(self, params: Sequence[Tensor], work: Sequence[TensorWork], proceed: Tensor | None) -> None:
         """Take every level's step: see `HierarchicalRNN.forward`, whose order this follows."""
         rule = self._rule_on(params[0].device)
         kernel = self._kernel_on(params[0].device.type)
         states, layout = [self.state[param] for param in params], tensor_layout(params)
         before = upper_state(states, rule, self._ranks)
-        above, totals = from_above(rule, before, layout), Totals(rule, work)
+        above, totals = from_above(rule, before, layout)._replace(proceed=proceed), Totals(rule, work)
         for parts in passes(work, together=self._ranks.several):
             pending = []
             for part in parts:
-                sums, left = kernel.measure(rule, work[part], FromAbove(*(value[..., part] for value in above)))
+                sums, left = kernel.measure(rule, work[part], above.part(part))
                 totals.put(part, sums)
                 pending.append(left)
             self._ranks.sum(totals.values)
             for part, left in zip(parts, pending, strict=True):
                 kernel.apply(work[part], left, totals.inverse_rms(part))
-        step_upper_levels(rule, before, totals.means(), layout, states, list(self.state.values()))
+        step_upper_levels(rule, before, totals.means(), layout, states, list(self.state.values()), proceed)
+        increment_version([param for param in params if is_sharded(param)])  # their shards have moved
 
     # ------------------------------------------------------------------ attention
 
@@ -297,7 +332,10 @@ class HRNN(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Count the steps skipped because a gradient was not finite."""
+        """Count the steps skipped because a gradient was not finite; on a GPU this waits for the steps taken so far."""
+        if self._unread is not None and (count := int(self._unread)):
+            self._unread.zero_()
+            self._count_skipped(count)
         return self._skipped
 
     @property
@@ -325,7 +363,7 @@ class HRNN(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with a note of the weights it belongs to."""
         result = super().state_dict()
-        note = {"weights": self._weights_name, "sha256": self._fingerprint, "skipped_steps": self._skipped}
+        note = {"weights": self._weights_name, "sha256": self._fingerprint, "skipped_steps": self.skipped_steps}
         result[NOTE] = result["param_groups"][0][NOTE] = note  # see `note_of`
         return result
 
@@ -389,6 +427,8 @@ class HRNN(Optimizer):
             self.state[param] = like if values is None else loaded_state(values, like)
         for group in self.param_groups:
             group.pop(NOTE, None)
+        self._given.clear()
+        self._unread = None
         self._skipped = int(note_of(saved).get("skipped_steps", 0))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -398,12 +438,18 @@ class HRNN(Optimizer):
         instance, which would step the original.
         """
         left_out = {key for key in self.__dict__ if key.endswith("_hooks")} | {"step", "_ranks"}
-        return {key: value for key, value in self.__dict__.items() if key not in left_out} | {"_kernels": {}}
+        kept = {key: value for key, value in self.__dict__.items() if key not in left_out}
+        return kept | {"_kernels": {}, "_given": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take on what `__getstate__` returned, and find the ranks again."""
         super().__setstate__(state)
         self._ranks = Ranks.of([param for group in self.param_groups for param in group["params"]])
+
+
+def _waits_for(device: torch.device) -> bool:
+    """Tell whether a value on a device can be looked at without stopping what is under way."""
+    return device.type == "cpu"
 
 
 def _frozen(rule: HierarchicalRNN) -> HierarchicalRNN:
