@@ -195,7 +195,9 @@ def attention(rng: random.Random) -> TaskFamily:
     """Classifiers of 1-2 blocks of attention over 3-8 tokens; the label may hang on a pair of them."""
     length, width = rng.randint(3, 8), rng.choice([8, 12])
     tokens = TokenInputs(log_integer(rng, 6, 32), log_integer(rng, 200, 500), length, rng.uniform(0, 0.8))
-    dataset = rng.choice([TokenTeacher, TokenPairs, TokenPairs])(tokens, rng.randint(2, 6), rng.choice([0.0, 0.0, 0.1]))
+    classes, label_noise = rng.randint(2, 6), rng.choice([0.0, 0.0, 0.1])
+    of_pairs = rng.random() < 0.7
+    dataset: Dataset = (TokenPairs if of_pairs else TokenTeacher)(tokens, classes, label_noise)
     inner = width * rng.randint(1, 2)
     blocks, scale = rng.choice([1, 1, 2]), log_uniform(rng, 0.05, 1.0)
     network = Attention(length, width, inner, blocks, random_activation(rng), scale)
