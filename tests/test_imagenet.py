@@ -230,3 +230,24 @@ def test_blocks_are_small_and_disjoint():
     assert max(sum(p.numel() for p in block.parameters()) for block in found) < 0.25 * total
     assert sum(sum(p.numel() for p in block.parameters()) for block in found) > 0.98 * total
     assert sum(type(block).__name__ == "PreActBottleneck" for block in found) == 9  # of the two large stages
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "auxiliary"),
+    [
+        ("torchvision/inception_v3", {}, 1),
+        ("timm/inception_v3", {"aux_logits": True}, 1),
+        ("torchvision/googlenet", {}, 2),
+    ],
+)
+def test_nets_with_auxiliary_logits_give_the_main_ones_first(name, options, auxiliary):
+    with torch.device("meta"):
+        module = ImageClassifier(name, num_classes=7, in_channels=3, model_options=options)
+        logits = module(torch.zeros(2, 3, 299, 299))
+    assert isinstance(logits, tuple)
+    assert [tuple(part.shape) for part in logits] == [(2, 7)] * (1 + auxiliary)
+    logits[0].sum().backward()
+    assert module.net.fc.weight.grad is not None
+    aux = [param for label, param in module.net.named_parameters() if "aux" in label.lower()]
+    assert aux
+    assert all(param.grad is None for param in aux)

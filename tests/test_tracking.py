@@ -109,6 +109,23 @@ def test_the_matrix_covers_the_whole_set(monkeypatch):
     assert names == [str(digit) for digit in range(10)]
 
 
+def of_both_processes(counts, names):
+    """Stands in for drawing, which only the first process does."""
+    assert torch.distributed.get_rank() == 0
+    assert counts.sum() == 180
+    Path("drawn").touch()
+    return torch.zeros(2, 2, 3, dtype=torch.uint8)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+def test_two_processes_count_into_one_matrix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning_hrnn.vision.pictures.draw_confusion", of_both_processes)
+    runner = trainer(Recorder(), LogPredictions(), max_epochs=1, limit_train_batches=1, devices=2, strategy="ddp_fork")
+    runner.fit(ImageClassifier(), datamodule=DigitsData(eval_batch_size=45))
+    assert Path("drawn").exists()
+
+
 def test_a_module_that_returns_no_logits_is_told():
     class Silent(ImageClassifier):
         def validation_step(self, batch, batch_idx):
