@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LANGUAGES = {"python", "bash", "yaml", "text"}
 # Commands besides our own that a page may name; CI runs the checks, and these are not ours to test.
-OTHER_COMMANDS = {".", "bash", "mkdocs", "mypy", "pre-commit", "pytest", "python", "ruff"}
+OTHER_COMMANDS = {".", "bash", "mkdocs", "mypy", "pre-commit", "pytest", "python", "ruff", "srun", "torchrun"}
 
 
 def name(page: Path) -> str:
