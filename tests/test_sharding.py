@@ -141,6 +141,16 @@ def check_state_has_the_shards_of_its_parameter(folder):
     assert pair.together.state[pair.shards[6]]["hidden"].placements == (Replicate(),)
 
 
+def check_autograd_notices_the_step(folder):
+    pair = Pair()
+    before = [shard._version for shard in pair.shards]
+    product = (pair.shards[0] * pair.shards[0]).sum()
+    pair.step(0)
+    assert all(shard._version > version for shard, version in zip(pair.shards, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def check_parts(folder):
     """Large models are measured in parts, with one sum for all of them."""
     with mock.patch("lightning_hrnn.optimizer.levels.GROUP_SIZE", 9):
