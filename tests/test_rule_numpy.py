@@ -26,6 +26,7 @@ RULES = {
     "paper with attention": ("paper", {"readouts": ("direction", "attention")}),
     "summary": ("summary", {}),
     "other sizes": ("default", {"param_hidden": 3, "tensor_hidden": 4, "global_hidden": 2, "timescales": 3}),
+    "a short horizon": ("default", {"drift_horizon": 3, "drift_fall": 0.1}),
     "fewer features": ("default", {"features": ("scaled_gradient", "relative_rate"), "tensor_features": ()}),
 }
 
@@ -166,7 +167,8 @@ class Equations:
             tensor["t"] = self.gru("tensor_rnn", tensor["x"], tensor["t"], w["global_to_tensor"] @ self.u)
             if config.rate == "bounded":
                 direction = math.tanh(w["rate.drift"][0] @ tensor["t"] + w["rate.drift_bias"][0])
-                power = config.drift_rise if direction > 0 else config.drift_fall
+                rise = config.drift_rise if tensor["age"] < config.drift_horizon else 0.0
+                power = rise if direction > 0 else config.drift_fall
                 tensor["l"] += power / (config.drift_delay + tensor["age"]) * direction
                 tensor["l"] = min(max(tensor["l"], -33.0), 33.0)
             else:
@@ -323,3 +325,18 @@ def test_every_feature_matters(feature):
         rule.param_rnn.gate_weight[:, start] = 0
         rule.param_rnn.candidate_weight[:, start] = 0
     assert (roll(rule, grads, rates).update - expected).abs().max() > 1e-6 * expected.abs().max()
+
+
+def test_past_the_horizon_a_rate_falls_but_does_not_rise():
+    rule = HierarchicalRNN(RuleConfig(drift_horizon=3))
+    layout = Layout.of([4, 4])
+    with torch.no_grad():
+        rule.rate.drift.zero_()
+        for bias, moves_on in ((5.0, False), (-5.0, True)):
+            rule.rate.drift_bias.fill_(bias)
+            state, rates = rule.init(layout, -7.0), []
+            for _ in range(6):
+                state = rule(torch.ones(8), torch.ones(2), state, layout).state
+                rates.append(state.log_rate[0].item())
+            assert all(abs(b) != abs(a) for a, b in pairwise(rates[:3]))
+            assert (len(set(rates[2:])) > 1) == moves_on

@@ -31,6 +31,8 @@ class RuleConfig:
         drift_rise: `"bounded"` only: a tensor's rate rises at most like this power of the number of steps.
         drift_fall: `"bounded"` only: it falls at most like this power.
         drift_delay: `"bounded"` only: steps before these power laws set in.
+        drift_horizon: `"bounded"` only: steps after which a rate may fall but no longer rise; the length of the longest
+            runs that the rule was meta-trained on is a safe choice.
         momentary_bound: `"bounded"` only: a parameter's rate departs from its tensor's at most by this log factor.
 
     Raises:
@@ -49,6 +51,7 @@ class RuleConfig:
     drift_rise: float = 2.0
     drift_fall: float = 0.5
     drift_delay: float = 20.0
+    drift_horizon: float = 1e9
     momentary_bound: float = 2.0
 
     def __post_init__(self) -> None:
@@ -57,7 +60,7 @@ class RuleConfig:
         for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
-        for field in ("drift_rise", "drift_fall", "drift_delay", "momentary_bound"):
+        for field in ("drift_rise", "drift_fall", "drift_delay", "drift_horizon", "momentary_bound"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be positive and finite, not {getattr(self, field)}.")
         for field, known in (

@@ -176,12 +176,14 @@ class BoundedRate(nn.Module):
     falls. The bounds up to step `t` add up to `p log(1 + t/d)`: a rate rises or falls at most like a power of time.
     Rules meta-trained on short windows like to anneal by orders of magnitude within hundreds of steps (short-horizon
     bias, arXiv 1803.02021); here they cannot fall faster than `t ** -0.5`, a schedule that is safe at any age, and
-    what they lost they can win back sooner.
+    what they lost they can win back sooner. After `drift_horizon` steps, of which the rule may know nothing, a rate no
+    longer rises.
     """
 
     def __init__(self, config: RuleConfig) -> None:
         super().__init__()
         self.rise, self.fall, self.delay = config.drift_rise, config.drift_fall, config.drift_delay
+        self.horizon = config.drift_horizon
         self.bound = config.momentary_bound
         self.momentary = nn.Parameter(torch.zeros(1, config.param_hidden))
         self.momentary_bias = nn.Parameter(torch.zeros(1))
@@ -196,7 +198,7 @@ class BoundedRate(nn.Module):
     def drifted(self, state: RuleState, tensor_hidden: Tensor) -> Tensor:
         """Return each tensor's log rate after the step. [T]"""
         direction = torch.tanh((self.drift @ tensor_hidden)[0] + self.drift_bias)
-        power = torch.where(direction > 0, self.rise, self.fall)
+        power = torch.where(direction > 0, self.rise * (state.age < self.horizon), self.fall)
         log_rate = state.log_rate + power / (self.delay + state.age) * direction
         return log_rate.clamp(-LOG_RATE_RANGE, LOG_RATE_RANGE)
 
