@@ -6,6 +6,7 @@ tensors are gathered on the device and copied to the host once.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -137,7 +138,7 @@ def _on_host(measures: Measures) -> tuple[list[float], dict[str, list[float]]]:
 
 
 def _table(names: list[str], params: list[Tensor], tensors: dict[str, list[float]]) -> list[list[Any]]:
-    rates = [torch.tensor(value).exp().item() for value in tensors["log_lr"]]
+    rates = [math.exp(value) for value in tensors["log_lr"]]
     shapes = [str(list(param.shape)) for param in params]
     columns = [rates, *(tensors[key] for key in BY_TENSOR[1:])]
     return [list(row) for row in zip(names, shapes, *columns, strict=True)]
