@@ -6,6 +6,7 @@ use attention, it also moves the parameters to the point where the next gradient
 true weights at all times except between the start of a training batch and the end of its backward pass.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from inspect import signature
@@ -35,7 +36,7 @@ from lightning_hrnn.optimizer.optimizer import HRNN, Rate
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 from lightning_hrnn.optimizer.schedule import SHARE, cooldown
 from lightning_hrnn.optimizer.state import FALLBACK_LR, note_of
-from lightning_hrnn.progress import progress
+from lightning_hrnn.progress import planned_steps, progress
 from lightning_hrnn.telemetry import Detail, Telemetry
 
 __all__ = ["HRNNOptimizerCallback", "configure_hrnn", "hrnn_optimizers"]
@@ -50,6 +51,7 @@ REFUSED_STRATEGIES = {
         "by FSDP2, or Trainer(strategy='ddp')"
     ),
 }
+FAR = 10  # times the horizon of the weights: a run as long as that is worth a warning
 SUSPICIOUS_LR = 0.02  # of the lr at the start: who writes less most likely means a step length
 
 
@@ -232,6 +234,7 @@ class HRNNOptimizerCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the multipliers, to notice who takes them for step lengths; begin to log and to watch."""
+        _warn_of_length(trainer)
         keeps = self.options.keeps_schedulers or self.options.rate == "given"
         self._at_start = [[group["lr"] for group in opt.param_groups] for opt in _hrnns(trainer) if not keeps]
         self._telemetry.start(trainer, pl_module, _hrnns(trainer))
@@ -324,6 +327,20 @@ def _bring_callback(module: LightningModule, own: Any, make_callback: MakeCallba
     if any(isinstance(callback, HRNNOptimizerCallback) for callback in [*callbacks, *_callbacks(module.trainer)]):
         return callbacks
     return [*callbacks, make_callback()]
+
+
+def _warn_of_length(trainer: Trainer) -> None:
+    """Warn of a run many times as long as those that the weights were meta-trained on."""
+    steps = planned_steps(trainer)
+    for optimizer in _hrnns(trainer):
+        horizon = optimizer.card.get("horizon")
+        if horizon and FAR * horizon < steps < math.inf:
+            rank_zero_warn(
+                f"This fit plans {steps:,} steps, and the weights {optimizer.weights_name!r} were meta-trained on runs "
+                f"of at most {horizon:,}. Whether their learned rates are right so far out nobody has measured. Watch "
+                "hrnn/log_lr, or choose rate='given' and a schedule of your own."
+            )
+            return
 
 
 def _check_trainer(trainer: Trainer) -> None:

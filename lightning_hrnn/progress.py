@@ -20,3 +20,14 @@ def progress(trainer: Trainer) -> float | None:
     if epochs is not None and epochs > 0 and 0 < batches < math.inf:
         shares.append(trainer.fit_loop.total_batch_idx / (batches * epochs))
     return min(1.0, max(shares)) if shares else None
+
+
+def planned_steps(trainer: Trainer) -> float:
+    """Return about how many optimizer steps a fit will take; infinite if nothing bounds it."""
+    bounds = [math.inf]
+    if trainer.max_steps > 0:
+        bounds.append(trainer.max_steps)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is not None and epochs > 0 and batches < math.inf:
+        bounds.append(math.ceil(batches / trainer.accumulate_grad_batches) * epochs)
+    return min(bounds)

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import StepLR
 from lightning_hrnn import configure_hrnn
 from lightning_hrnn.callbacks import HRNNOptimizerCallback
 from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.pretrained import load_pretrained
 from lightning_hrnn.optimizer.schedule import cooldown
 
 
@@ -119,6 +120,19 @@ def test_a_run_that_was_cut_short_goes_on_cooling_down(tmp_path):
     assert watch.seen[-1] < 1
     assert same_state(resumed.state_dict(), whole.state_dict())
     assert same_state(end.optimizers[0].state_dict(), trainer.optimizers[0].state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:This fit plans")
+@pytest.mark.parametrize(("horizon", "warns"), [(1, True), (2, False), (None, False)])
+def test_a_run_far_past_the_horizon_warns(tmp_path, horizon, warns, recwarn):
+    rule = load_pretrained()
+    rule.card = {"horizon": horizon} if horizon else {}
+    multipliers(tmp_path, Regression(), batches=6, options={"weights": rule}, max_epochs=2)  # 12 steps
+    found = [str(warning.message) for warning in recwarn if "meta-trained on runs of at most" in str(warning.message)]
+    assert len(found) == warns
+    if warns:
+        assert "plans 12 steps" in found[0]
+        assert "rate='given'" in found[0]
 
 
 def test_it_is_a_multiplier_like_lr():
