@@ -52,7 +52,9 @@ def run(arguments: Sequence[str]) -> None:
     metrics = shared_metrics(runs, options.metrics)
     out, console = ready_folder(options.out), Console()
     ours = next((logged.label for logged in runs if logged.optimizer.startswith("HRNN")), None)
-    plot_panels(panels_of_runs(runs, metrics), out / "curves.png", f"{len(runs)} runs", highlight=ours)
+    panels = panels_of_runs(runs, metrics)
+    columns = len(panels) // len(metrics)  # a row for each metric: over steps and over seconds
+    plot_panels(panels, out / "curves.png", ", ".join(options.folders), highlight=ours, columns=columns)
     report = report_of(runs, metrics, shlex.join([PROGRAM, "compare", *arguments]))
     report.write(out)
     write_csv(report, out / "table.csv")
@@ -71,7 +73,7 @@ def report_of(runs: Sequence[LoggedRun], metrics: Sequence[str], command: str) -
     if untimed := [logged.name for logged in runs if not logged.seconds[0]]:
         summary += f" Without time: {', '.join(untimed)}; lightning_hrnn.tracking.RunClock logs it."
     return Report(
-        title=f"Comparison of {len(runs)} runs",
+        title=f"Comparison of {len(runs)} run{'s' if len(runs) > 1 else ''}",
         summary=summary,
         command=command,
         settings={"metrics": ", ".join(metrics)},

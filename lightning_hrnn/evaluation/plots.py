@@ -50,7 +50,9 @@ class Style(NamedTuple):
     level: int = 2
 
 
-def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, highlight: str | None = None) -> Path:
+def plot_panels(
+    panels: Sequence[Panel], path: str | Path, title: str, highlight: str | None = None, columns: int | None = None
+) -> Path:
     """Draw panels side by side, with one legend below, and save them as a PNG.
 
     Args:
@@ -58,6 +60,7 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, highlight
         path: Where to save.
         title: Heading of the figure.
         highlight: The curve to draw on top, thicker.
+        columns: How many panels lie side by side; None draws one row of all.
 
     Returns:
         The path.
@@ -71,10 +74,14 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, highlight
     if highlight is not None:
         styles[highlight] = Style(OURS, "-", width=2.4, level=3)
 
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), dpi=150, layout="constrained")
+    columns = min(columns or len(panels), len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5.2 * columns, 0.9 + 3.5 * rows), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, panel in zip(grid, panels, strict=True):
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in grid[len(panels) :]:
+        spare.set_visible(False)
+    for axes, panel in zip(grid, panels, strict=False):
         _draw(axes, panel, styles)
     lines = {line.get_label(): line for axes in grid for line in axes.get_lines()}
     handles = [lines[name] for name in names]
