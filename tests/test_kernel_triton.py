@@ -198,6 +198,27 @@ def test_same_steps_twice_are_the_same_bits(monkeypatch):
 
 
 @interpreted
+def test_a_step_that_does_not_proceed_changes_nothing(monkeypatch):
+    """The flag stays on the device; what is found out there is said when it is asked for."""
+    monkeypatch.setattr(optimizer_module, "_waits_for", lambda device: False)
+    rule = random_rule(**SMALL, readouts=("direction", "attention"))
+    training = Training(triton_kernel.TritonKernel(), rule, SHAPES, [torch.float32], torch.bfloat16, "cpu", monkeypatch)
+    training.run(2)
+    optimizer, params = training.optimizer, training.params
+    before = [param.detach().clone() for param in params]
+    states = [value.clone() for state in optimizer.state.values() for value in state.values()]
+    params[2].grad[3, 4] = float("inf")
+    optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+    after = [value for state in optimizer.state.values() for value in state.values()]
+    assert all(torch.equal(*pair) for pair in zip(after, states, strict=True))
+    with pytest.warns(UserWarning, match="skipped a step"):
+        assert optimizer.skipped_steps == 1
+    training.run(1)
+    assert not any(torch.equal(*pair) for pair in zip(params, before, strict=True) if pair[0].numel())
+
+
+@interpreted
 def test_tables_are_kept_while_addresses_stay(monkeypatch):
     built = []
     make = triton_kernel.build_tables
@@ -314,7 +335,8 @@ def test_it_compiles_for_an_h200(param, state, tmp_path, monkeypatch):
     types = {"PARAM": getattr(tl, param), "GRAD": getattr(tl, param), "STATE": getattr(tl, state)}
     numbers = {"GRAD_LIMIT": 1e15, "SQUARE_FLOOR": 1e-18, "MAX_LOGIT": 9.2, "BOUND": 2.0}
     constants = {**types, **numbers, "H0": 2, "S": 2, "R": 2, "ROWS": 11, "WIDTH": 16, "CHUNK": 256, "TILE": 128}
-    scalars = {"tensors": "*i64", "chunks": "*i32", "tensor_count": "i32", "first_chunk": "i32"}
+    scalars = {"tensors": "*i64", "chunks": "*i32", "proceed": "*i32"}
+    scalars |= {"tensor_count": "i32", "first_chunk": "i32"}
     for function in (triton_device.measure, triton_device.reduce, triton_device.apply):
         names = function.arg_names
         signature = {name: "constexpr" if name in constants else scalars.get(name, "*fp32") for name in names}

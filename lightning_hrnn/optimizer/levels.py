@@ -9,13 +9,14 @@ Legend: `T` tensors of the step, `R` readouts, `H0 H1 H2` hidden sizes, `F` feat
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel, RuleState
-from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork
+from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, where
 from lightning_hrnn.optimizer.sharding import Ranks, local
 
 GROUP_SIZE = 4_194_304  # parameters measured before they are applied: bounds what lies between the two passes
@@ -35,7 +36,7 @@ class Totals:
         like = rule.param_rnn.gate_weight
         self.rows = [like.shape[1], len(rule.directions), 1, 1]
         self.values = like.new_zeros(sum(self.rows), len(work))
-        self.values[-1] = like.new_tensor([float(tensor.param.numel()) for tensor in work])
+        self.values[-1] = _counts(tuple(tensor.param.numel() for tensor in work), like.device)
 
     def put(self, part: slice, sums: Sums) -> None:
         """Note the sums of some tensors."""
@@ -80,14 +81,24 @@ def _parts(sizes: Sequence[int]) -> Iterator[slice]:
         yield slice(start, len(sizes))
 
 
+@lru_cache(maxsize=64)
+def _counts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return sizes as floats on a device, copied there once. [T]"""
+    return torch.tensor(sizes, dtype=torch.float32, device=device)
+
+
 def tensor_layout(params: Sequence[Tensor]) -> Layout:
     """Describe the tensors of one model to the upper levels, which do not look at single parameters."""
-    device = params[0].device
+    return _layout(tuple(param.numel() for param in params), params[0].device)
+
+
+@lru_cache(maxsize=64)
+def _layout(sizes: tuple[int, ...], device: torch.device) -> Layout:
     return Layout(
         tensor_of=torch.empty(0, dtype=torch.int64, device=device),
-        model_of=torch.zeros(len(params), dtype=torch.int64, device=device),
-        params_in=torch.tensor([float(param.numel()) for param in params], device=device),
-        tensors_in=torch.tensor([float(len(params))], device=device),
+        model_of=torch.zeros(len(sizes), dtype=torch.int64, device=device),
+        params_in=_counts(sizes, device),
+        tensors_in=_counts((len(sizes),), device),
     )
 
 
@@ -122,7 +133,13 @@ def from_above(rule: HierarchicalRNN, state: RuleState, layout: Layout) -> FromA
 
 
 def step_upper_levels(
-    rule: HierarchicalRNN, before: RuleState, means: Sums, layout: Layout, states: States, model: States
+    rule: HierarchicalRNN,
+    before: RuleState,
+    means: Sums,
+    layout: Layout,
+    states: States,
+    model: States,
+    proceed: Tensor | None = None,
 ) -> None:
     """Step the tensor RNN, the global RNN and the rates, in place.
 
@@ -133,10 +150,12 @@ def step_upper_levels(
         layout: of the tensors.
         states: of the tensors that move.
         model: of all tensors, which share the global state.
+        proceed: see `FromAbove`.
     """
     empty = before.hidden
     level = ParamLevel(empty, empty, empty, means.pooled, empty, log_rate=None)
     after = rule.upper_levels(level, means.param_square.sqrt(), before, layout)
+    after = RuleState(*(where(proceed, *values) for values in zip(after, before, strict=True)))
     for key, values in (("tensor_hidden", after.tensor_hidden.unbind(1)), ("age", after.age.unbind())):
         torch._foreach_copy_([state[key] for state in states], list(values))
     if not rule.rate_per_param:

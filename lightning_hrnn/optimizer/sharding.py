@@ -59,8 +59,8 @@ def why_unsupported(param: Tensor) -> str | None:
             )
     if (device := local(param.detach()).device.type) != param.device_mesh.device_type:
         return (
-            f"lies on the {device} while its mesh is of {param.device_mesh.device_type}, so its statistics cannot be "
-            "added up. Use fully_shard without CPUOffloadPolicy"
+            f"lies on {device} while its mesh is of {param.device_mesh.device_type}, where sums are added up. "
+            "Use fully_shard without CPUOffloadPolicy, and build the optimizer when nothing lies on meta any more"
         )
     return None
 
@@ -151,10 +151,13 @@ class Ranks(NamedTuple):
         total, count = self.sum(torch.stack([sums, counts]))
         return total / count
 
-    def agree(self, grads: Sequence[Tensor | None], device: torch.device) -> tuple[list[bool], bool]:
+    def agree(
+        self, grads: Sequence[Tensor | None], device: torch.device, wait: bool = True
+    ) -> tuple[list[bool], bool | Tensor]:
         """Say of which tensors some rank has a gradient, and whether all are finite on all ranks.
 
-        One synchronisation with the device, however many tensors and ranks there are.
+        One synchronisation with the device, however many tensors and ranks there are; none where there is one rank
+        and `wait` is false, and a tensor says whether all are finite.
         """
         given = [grad is not None for grad in grads]
         here = [grad for grad in grads if grad is not None and grad.numel()]
@@ -162,7 +165,7 @@ class Ranks(NamedTuple):
         if here:
             finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(here, math.inf)]).all()
         if not self.several:
-            return given, bool(finite)
+            return given, bool(finite) if wait or not here else finite
         counts = torch.tensor([*map(float, given), 0.0], device=device)
         counts[-1] = ~finite
         *anywhere, bad = self.sum(counts).tolist()

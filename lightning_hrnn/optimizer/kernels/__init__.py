@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
@@ -39,6 +40,13 @@ class FromAbove(NamedTuple):
     log_rate: Tensor  # [T] of the tensor (or its mean)
     mean_log_rate: Tensor  # [T] of the model
     remembers: Tensor  # [T] 0 at a tensor's first step, else 1
+    proceed: Tensor | None = None  # [] false where a gradient is not finite: nothing changes then; `None` is true
+
+    def part(self, tensors: slice) -> FromAbove:
+        """Return what is said to some of the tensors."""
+        said = (self.bias, self.log_rate, self.mean_log_rate, self.remembers)
+        bias, log_rate, mean_log_rate, remembers = (value[..., tensors] for value in said)
+        return FromAbove(bias, log_rate, mean_log_rate, remembers, self.proceed)
 
 
 class Sums(NamedTuple):
@@ -47,6 +55,11 @@ class Sums(NamedTuple):
     pooled: Tensor  # [H0 + F, T] of hidden states and inputs
     squares: Tensor  # [R, T] of directions
     param_square: Tensor  # [T] of the parameters before the step
+
+
+def where(proceed: Tensor | None, after: Tensor, before: Tensor) -> Tensor:
+    """Return what a step makes, or what was before if it does not proceed, as the device finds out by itself."""
+    return after if proceed is None else torch.where(proceed, after, before)
 
 
 class StepKernel(Protocol):

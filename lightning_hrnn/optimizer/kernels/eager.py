@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
-from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork
+from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, where
 
 CHUNK = 32_768  # parameters taken at once: their temporaries (about 100 floats each) stay near the cache
 
@@ -19,6 +19,7 @@ class Pending(NamedTuple):
 
     steps: list[Tensor]  # [R, n] directions times factors, not yet normalised
     rates: list[Tensor]  # learned rate, [...] or [] as the rule has one for each parameter or not
+    proceed: Tensor | None  # [] see `FromAbove`
 
 
 class EagerKernel:
@@ -26,10 +27,9 @@ class EagerKernel:
 
     def measure(self, rule: HierarchicalRNN, work: Sequence[TensorWork], above: FromAbove) -> tuple[Sums, Pending]:
         """Update the states in place; return sums over tensors and the steps."""
-        pending, sums = Pending([], []), []
+        pending, sums = Pending([], [], above.proceed), []
         for index, tensor in enumerate(work):
-            here = FromAbove(*(value[..., index : index + 1] for value in above))
-            sums.append(self._measure_tensor(rule, tensor, here, pending))
+            sums.append(self._measure_tensor(rule, tensor, above.part(slice(index, index + 1)), pending))
         pooled, squares, param_square = zip(*sums, strict=True)
         return Sums(torch.stack(pooled, 1), torch.stack(squares, 1), torch.stack(param_square)), pending
 
@@ -60,9 +60,9 @@ class EagerKernel:
                 above.remembers,
             )
             for value, after in zip(state, (step.hidden, step.average, step.square), strict=True):
-                value[:, part] = after
+                value[:, part] = where(above.proceed, after, value[:, part])
             if step.log_rate is not None:
-                log_rate[part] = step.log_rate
+                log_rate[part] = where(above.proceed, step.log_rate, log_rate[part])
             steps[:, part] = step.directions * step.factor
             pooled = pooled + torch.cat([step.hidden, step.inputs]).sum(1)
             squares = squares + step.directions.square().sum(1)
@@ -71,13 +71,14 @@ class EagerKernel:
 
     def apply(self, work: Sequence[TensorWork], pending: Pending, inverse_rms: Tensor) -> None:
         """Move the parameters and lookaheads."""
-        for tensor, steps, rate, scale in zip(work, *pending, inverse_rms.unbind(1), strict=True):
+        steps_of, rate_of, proceed = pending
+        for tensor, steps, rate, scale in zip(work, steps_of, rate_of, inverse_rms.unbind(1), strict=True):
             rates, shape = tensor.lr * rate, tensor.param.shape
             update, *lookahead = (
                 row.mul_(factor).view(shape).mul_(rates) for row, factor in zip(steps, scale, strict=True)
             )
             if tensor.weight_decay:
                 update += rates * tensor.weight_decay * tensor.param
-            tensor.param.sub_(update)
+            tensor.param.sub_(update if proceed is None else update.masked_fill_(proceed.logical_not(), 0.0))
             if tensor.lookahead is not None:
-                tensor.lookahead.copy_(lookahead[0])
+                tensor.lookahead.copy_(where(proceed, lookahead[0], tensor.lookahead))

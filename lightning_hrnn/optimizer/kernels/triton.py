@@ -84,6 +84,7 @@ class Pending(NamedTuple):
     steps: Tensor  # [R, n] of each tensor, end to end: directions times factors, not yet normalised
     log_rate: Tensor  # [T]
     work: list[TensorWork]  # with copies in the place of what lies in memory as the tables cannot say
+    proceed: Tensor  # [] 1, or 0 for a step that changes nothing
 
 
 class TritonKernel:
@@ -176,7 +177,8 @@ class TritonKernel:
         tables, meta = self._tables(work, readouts), self._meta(rule)
         gate_bias = 3 * h0 * (3 * scales + h0) + h0 * (3 + readouts * scales)  # where it begins: see `packed`
         bias = above.bias + meta[gate_bias : gate_bias + 3 * h0, None]
-        log_rate, mean_log_rate, remembers = (value.contiguous() for value in above[1:])
+        log_rate, mean_log_rate, remembers = (value.contiguous() for value in above[1:4])
+        proceed = log_rate.new_ones((), dtype=torch.int32) if above.proceed is None else above.proceed.to(torch.int32)
         steps = meta.new_empty(tables.steps)
         partial = meta.new_empty(len(tables.chunks), width)
         sums = meta.new_empty(rows, len(work))
@@ -184,23 +186,24 @@ class TritonKernel:
             for types, first, chunks in tables.launches:
                 triton_device.measure[(chunks,)](
                     tables.tensors, tables.chunks, partial, steps, meta, bias, log_rate, mean_log_rate, remembers,
-                    len(work), first, GRAD_LIMIT, SQUARE_FLOOR, MAX_DECAY_LOGIT, config.momentary_bound, h0, scales,
-                    readouts, width, *map(_language, types), CHUNK, TILE, num_warps=1, enable_fp_fusion=True,
+                    proceed, len(work), first, GRAD_LIMIT, SQUARE_FLOOR, MAX_DECAY_LOGIT, config.momentary_bound, h0,
+                    scales, readouts, width, *map(_language, types), CHUNK, TILE, num_warps=1, enable_fp_fusion=True,
                 )  # fmt: skip
             triton_device.reduce[(len(work),)](
                 tables.tensors, partial, sums, len(work), rows, width, 256, num_warps=8, enable_fp_fusion=True
             )
         pooled, squares, param_square = sums.split([rows - readouts - 1, readouts, 1])
-        return Sums(pooled, squares, param_square[0]), Pending(tables, steps, log_rate, work)
+        return Sums(pooled, squares, param_square[0]), Pending(tables, steps, log_rate, work, proceed)
 
     def _apply(self, pending: Pending, inverse_rms: Tensor) -> None:
-        tables, steps, log_rate, work = pending
+        tables, steps, log_rate, work, proceed = pending
         scales = self._scales(work, inverse_rms.device)
         with torch.cuda.device_of(steps):
             for types, first, chunks in tables.launches:
                 triton_device.apply[(chunks,)](
-                    tables.tensors, tables.chunks, steps, inverse_rms.contiguous(), log_rate, scales, len(work), first,
-                    len(inverse_rms), _language(types[0]), CHUNK, CHUNK, num_warps=4, enable_fp_fusion=True,
+                    tables.tensors, tables.chunks, steps, inverse_rms.contiguous(), log_rate, scales, proceed,
+                    len(work), first, len(inverse_rms), _language(types[0]), CHUNK, CHUNK, num_warps=4,
+                    enable_fp_fusion=True,
                 )  # fmt: skip
 
     # ------------------------------------------------------------------ what is kept on the device

@@ -320,7 +320,7 @@ def measure_tile(
 
 @jit(
     do_not_specialize=["tensor_count", "first_chunk"],
-    do_not_specialize_on_alignment=["bias", "log_rate", "mean_log_rate", "remembers"],
+    do_not_specialize_on_alignment=["bias", "log_rate", "mean_log_rate", "remembers", "proceed"],
 )
 def measure(
     tensors: tl.tensor,  # [T, 18] int64
@@ -332,6 +332,7 @@ def measure(
     log_rate: tl.tensor,  # [T]
     mean_log_rate: tl.tensor,  # [T]
     remembers: tl.tensor,  # [T]
+    proceed: tl.tensor,  # [] 1, or 0 to leave all as it is
     tensor_count: int,  # T
     first_chunk: int,
     GRAD_LIMIT: tl.constexpr,
@@ -353,7 +354,7 @@ def measure(
     tensor = tl.load(chunks + 2 * chunk)
     begin = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
     row = tensors + tensor * 18
-    end = tl.minimum(begin + CHUNK, tl.load(row + 7))
+    end = tl.minimum(begin + CHUNK, tl.load(row + 7) * tl.load(proceed))
     rate = tl.load(log_rate + tensor)
     relative_rate = rate - tl.load(mean_log_rate + tensor)
     key = tl.full((), 0x011C9DC5, tl.uint32)
@@ -413,7 +414,10 @@ def reduce(
     tl.store(sums + lane * tensor_count + tensor, tl.sum(total, 0).to(tl.float32), mask=lane < ROWS)
 
 
-@jit(do_not_specialize=["tensor_count", "first_chunk"], do_not_specialize_on_alignment=["inverse_rms", "log_rate"])
+@jit(
+    do_not_specialize=["tensor_count", "first_chunk"],
+    do_not_specialize_on_alignment=["inverse_rms", "log_rate", "proceed"],
+)
 def apply(
     tensors: tl.tensor,  # [T, 18] int64
     chunks: tl.tensor,  # [B, 2] int32
@@ -421,6 +425,7 @@ def apply(
     inverse_rms: tl.tensor,  # [R, T]
     log_rate: tl.tensor,  # [T]
     scales: tl.tensor,  # [2, T] multiplier of the rate, weight decay
+    proceed: tl.tensor,  # [] 1, or 0 to leave all as it is
     tensor_count: int,  # T
     first_chunk: int,
     R: tl.constexpr,
@@ -438,7 +443,7 @@ def apply(
     decay = rate * tl.load(scales + tensor_count + tensor)
     WIDE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     lane = tl.arange(0, TILE)
-    end = tl.minimum(begin + CHUNK, count)
+    end = tl.minimum(begin + CHUNK, count * tl.load(proceed))
     for tile in range(tl.cdiv(end - begin, TILE)):
         first = begin + tile * TILE
         inside = lane < tl.minimum(count - first, TILE).to(tl.int32)
