@@ -1,11 +1,14 @@
 """Under FSDP2 every rank holds a shard of each tensor, and the steps are those of one process with all of them."""
 
+import csv
+
 import pytest
 import torch
 from helpers.modules import Batches, Regression, attentive_rule, by_hand, quiet_trainer, same_state
 from helpers.ranks import assert_same_on_all_ranks, run_on_ranks, whole
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -145,6 +148,23 @@ def check_precisions(folder):
         moved[name] = torch.cat([(after[key].float() - start[key]).flatten() for key in start])
     for name, share in (("bf16-true", 0.5), ("policy", 0.2)):  # weights in 16 bits move by few of their last bits
         assert (moved[name] - moved["32-true"]).norm() < share * moved["32-true"].norm()
+
+
+def check_telemetry(folder):
+    """What is logged of shards is what one device logs of all."""
+    said = []
+    for name, module, how in (("ddp", Halves(), {"devices": 2, "strategy": "ddp"}), ("fsdp2", Sharded(), shards())):
+        callback = HRNNOptimizerCallback(attentive_rule(), telemetry="tensor")
+        logger = CSVLogger(folder, name=name, version=0)
+        options = {"enable_checkpointing": False, "log_every_n_steps": 1, "logger": logger}
+        quiet_trainer(folder, callback, **options, **how).fit(module, Batches(5))
+        torch.distributed.barrier()  # rank 0 writes the file
+        rows = list(csv.DictReader((folder / name / "version_0" / "metrics.csv").open()))
+        said.append([{key: float(value) for key, value in row.items() if value} for row in rows])
+    assert len(said[0]) == len(said[1]) == 10
+    for theirs, ours in zip(*said, strict=True):
+        assert {"hrnn/log_lr", "hrnn/hidden_norm/head.bias", "hrnn/skipped_steps"} < ours.keys()
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 def check_checkpoints_of_another_optimizer(folder):
