@@ -307,6 +307,12 @@ def check_refusals(folder):
     partial = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     with pytest.raises(ValueError, match=r"Parameter 0 of shape \[3\] is placed as .*Redistribute the parameter"):
         HRNN([partial], weights=make_rule())
+    with torch.device("meta"):
+        net = fully_shard(nn.Linear(3, 4), mesh=mesh)
+    with pytest.raises(
+        ValueError, match=r"of shape \[4, 3\] lies on meta while its mesh is of cpu.*Offload"
+    ):
+        HRNN(net.parameters(), weights=make_rule())
 
 
 class Net(nn.Module):
@@ -433,7 +439,14 @@ def check_distributed_checkpoint(folder):
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_optimizer_state_dict(twin, other, full, options=options)
 
-    resumed = [again(load) for load in (load_shards, load_whole)]
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    in_one_level = copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=flat))
+
+    def load_flat(twin, other):
+        load_shards(twin, HRNN(twin.parameters(), weights=rule))
+        set_optimizer_state_dict(twin, other, in_one_level, options=flat)
+
+    resumed = [again(load) for load in (load_shards, load_whole, load_flat)]
     train(net, optimizer, range(3, 5), rank, 2)
     for twin, other in resumed:
         assert same([whole(a) for a in twin.parameters()], [whole(a) for a in net.parameters()])
