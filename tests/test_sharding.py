@@ -309,9 +309,7 @@ def check_refusals(folder):
         HRNN([partial], weights=make_rule())
     with torch.device("meta"):
         net = fully_shard(nn.Linear(3, 4), mesh=mesh)
-    with pytest.raises(
-        ValueError, match=r"of shape \[4, 3\] lies on meta while its mesh is of cpu.*Offload"
-    ):
+    with pytest.raises(ValueError, match=r"of shape \[4, 3\] lies on meta while its mesh is of cpu.*Offload"):
         HRNN(net.parameters(), weights=make_rule())
 
 
@@ -509,14 +507,22 @@ def check_fsdp_over_tensor_parallelism(folder):
     alone, net = Net(8), tensor_parallel(Net(8), mesh["tensor"])
     for layer in (net.first, net.second, net):
         fully_shard(layer, mesh=mesh["data"])
-    train(alone, HRNN(alone.parameters(), weights=make_rule(), initial_rate=1e-2), range(3))
+    single = HRNN(alone.parameters(), weights=make_rule(), initial_rate=1e-2)
+    train(alone, single, range(3))
     optimizer = HRNN(net.parameters(), weights=make_rule(), initial_rate=1e-2)
     train(net, optimizer, range(3), mesh["data"].get_local_rank(), 2)
     assert (net.first.weight.device_mesh.ndim, net.last.weight.device_mesh.ndim) == (2, 1)
     assert_same_nets(net, alone)
-    for state in optimizer.state.values():
-        for key in ("log_rate", "tensor_hidden", "global_hidden", "age"):
-            assert_same_on_all_ranks(state[key])
+    for ours, theirs in zip(optimizer.state.values(), single.state.values(), strict=True):
+        for key, value in ours.items():
+            torch.testing.assert_close(whole(value), theirs[key], rtol=1e-3, atol=1e-5)
+            assert_same_on_all_ranks(whole(value))
+    full = get_optimizer_state_dict(net, optimizer, options=StateDictOptions(full_state_dict=True))
+    again = HRNN(net.parameters(), weights=make_rule())
+    load = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(net, again, full, options=load)
+    for ours, theirs in zip(again.state.values(), optimizer.state.values(), strict=True):
+        assert same({k: whole(v) for k, v in ours.items()}, {k: whole(v) for k, v in theirs.items()})
 
 
 def check_meshes_of_which_none_holds_the_others(folder):
