@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
@@ -120,6 +124,71 @@ def test_missing_card_missing_file_unknown_name(saved: Path, tmp_path: Path) -> 
         load_pretrained("hrnn-v99")
     with pytest.raises(WeightsError, match="Unknown weights"):
         load_pretrained("../weights/hrnn-v0")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../weights/hrnn-v0",
+        "weights/../hrnn-v0",
+        "./hrnn-v0",
+        "hrnn-v0/",
+        "hrnn-v0.json",
+        str(WEIGHTS_FOLDER / DEFAULT_WEIGHTS),
+        "HRNN-V0",
+        "hrnn-*",
+        "",
+        ".",
+        "..",
+        "~",
+        "hrnn-v0\0",
+        "https://example.com/hrnn-v0",
+    ],
+)
+def test_a_name_is_one_of_the_list_and_nothing_else(name: str) -> None:
+    with pytest.raises(WeightsError, match=rf"Unknown weights .*: choose from \[.*'{DEFAULT_WEIGHTS}'.*\], or give"):
+        load_pretrained(name)
+
+
+def test_a_folder_is_no_weights_file(tmp_path: Path) -> None:
+    folder = tmp_path / "mine.safetensors"
+    folder.mkdir()
+    with pytest.raises(WeightsError, match=r"There is no weights file .*mine\.safetensors"):
+        load_pretrained(folder)
+    with pytest.raises(WeightsError, match="There is no weights file"):
+        load_pretrained("https://example.com/hrnn-v0.safetensors")
+
+
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return pytest.fail, ("a weights file was unpickled",)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, file: file.write(pickle.dumps(value))])
+def test_a_pickle_under_another_name_is_never_opened_as_one(saved: Path, write: Callable[..., object]) -> None:
+    """Even if somebody made its card's checksum right."""
+    with saved.open("wb") as file:
+        write({"param_rnn.initial": Harmful()}, file)
+    with pytest.raises(WeightsError, match="is damaged"):
+        load_pretrained(saved)
+    edit_card(saved, sha256=hashlib.sha256(saved.read_bytes()).hexdigest())
+    with pytest.raises(WeightsError, match="does not hold the rule that its card describes"):
+        load_pretrained(saved)
+
+
+def test_tensors_that_are_missing_or_too_many_are_refused(saved: Path) -> None:
+    tensors = load_file(saved)
+    for changed in (
+        {name: value for name, value in tensors.items() if name != "decay_bias"},
+        {**tensors, "stranger": torch.zeros(1)},
+        {**tensors, "decay_bias": torch.zeros(3)},
+    ):
+        save_file(changed, saved)
+        edit_card(saved, sha256=hashlib.sha256(saved.read_bytes()).hexdigest())
+        with pytest.raises(WeightsError, match="does not hold the rule that its card describes"):
+            load_pretrained(saved)
 
 
 @pytest.mark.parametrize("text", ["not json", "[]", '{"config": {}}', '{"config": {}, "sha256": null}', "\x00\x01"])
