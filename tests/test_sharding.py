@@ -525,6 +525,23 @@ def check_fsdp_over_tensor_parallelism(folder):
         assert same({k: whole(v) for k, v in ours.items()}, {k: whole(v) for k, v in theirs.items()})
 
 
+def check_a_mesh_of_some_of_the_ranks(folder):
+    """As in pipelines: each stage has an optimizer of its own, over its own ranks."""
+    mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("stage", "data", "tensor"))["data", "tensor"]
+    stage = torch.distributed.get_rank() // 2
+    values, grads = make_values(stage), make_values(10 + stage)
+    wholes = [nn.Parameter(value.clone()) for value in values[:2]]
+    shards = [nn.Parameter(distribute_tensor(value, mesh, [Shard(0), Replicate()])) for value in values[:2]]
+    alone, together = (HRNN(params, weights=make_rule(), initial_rate=1e-2) for params in (wholes, shards))
+    for _ in range(2 + stage):  # the stages do not wait for each other
+        for param, shard, grad in zip(wholes, shards, grads, strict=False):
+            param.grad, shard.grad = grad.clone(), distribute_tensor(grad, mesh, shard.placements)
+        alone.step()
+        together.step()
+    for param, shard in zip(wholes, shards, strict=True):
+        torch.testing.assert_close(whole(shard), param.detach(), rtol=1e-4, atol=1e-6)
+
+
 def check_meshes_of_which_none_holds_the_others(folder):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("one", "other"))
     params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh[name], [Shard(0)])) for name in ("one", "other")]
