@@ -121,3 +121,31 @@ def test_steps_are_those_of_the_cpu(config, monkeypatch):
             optimizer.step()
         found.append(everything(optimizer, params))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["triton", "eager"])
+def test_a_whole_step_is_captured_in_a_cuda_graph(kernel):
+    """Replayed on gradients that lie where they lay, it moves as if it were called; a bad gradient moves nothing."""
+    found = []
+    for replay in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in ((), (7, 5), (3000,))]
+        optimizer = HRNN(params, HierarchicalRNN(), kernel=kernel)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        graph = torch.cuda.CUDAGraph()
+        if replay:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            for param in params:
+                param.grad.copy_(torch.randn(param.shape, generator=generator))
+            params[2].grad[5] = float("nan") if seed == 1 else 0.0
+            graph.replay() if replay else optimizer.step()
+        with pytest.warns(UserWarning, match="skipped a step"):
+            assert optimizer.skipped_steps == 1
+        found.append([param.detach().clone() for param in params])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
