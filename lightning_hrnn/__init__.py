@@ -18,13 +18,17 @@ from lightning_hrnn.version import __version__
 if TYPE_CHECKING:
     from lightning_hrnn.callbacks import HRNNOptimizerCallback, configure_hrnn, hrnn_optimizers
     from lightning_hrnn.datamodule import TaskDataModule
+    from lightning_hrnn.divergence import DivergenceError
     from lightning_hrnn.module import MetaLearner
+    from lightning_hrnn.optimizer.fallback import HRNNWithFallback
     from lightning_hrnn.optimizer.optimizer import HRNN
     from lightning_hrnn.optimizer.pretrained import available_weights, load_pretrained
 
 _HOME = {
+    "DivergenceError": "divergence",
     "HRNN": "optimizer.optimizer",
     "HRNNOptimizerCallback": "callbacks",
+    "HRNNWithFallback": "optimizer.fallback",
     "MetaLearner": "module",
     "TaskDataModule": "datamodule",
     "available_weights": "optimizer.pretrained",
@@ -35,7 +39,9 @@ _HOME = {
 
 __all__ = [
     "HRNN",
+    "DivergenceError",
     "HRNNOptimizerCallback",
+    "HRNNWithFallback",
     "MetaLearner",
     "TaskDataModule",
     "__version__",

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "datamodule": {"version", "tasks", "meta", "evaluation"},
     "module": {"version", "optimizer", "tasks", "meta", "evaluation", "datamodule"},
     "export": {"version", "module"},
-    "__init__": {"version", "optimizer", "configure", "callbacks", "module", "datamodule"},
+    "__init__": {"version", "optimizer", "configure", "callbacks", "divergence", "module", "datamodule"},
 }
 MAY_IMPORT["evaluation.benchmark"] = MAY_IMPORT["evaluation"] | {"evaluation", "meta"}  # whatever can be timed
 MAY_IMPORT["cli"] = MAY_IMPORT.keys() - {"__init__"}
