@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_hrnn.callbacks import HRNNOptimizerCallback
 from lightning_hrnn.optimizer.optimizer import HRNN
@@ -20,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor"),  # over tensor parallelism
 ]
 
 CLIP = 0.05
@@ -64,7 +66,7 @@ def fit(folder, module, ckpt_path=None, **arguments):
     saves = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
     callback = HRNNOptimizerCallback(attentive_rule())
     options = {"max_epochs": 4, "enable_checkpointing": True, "accumulate_grad_batches": 2, "gradient_clip_val": CLIP}
-    trainer = quiet_trainer(folder, callback, saves, **options, **arguments)
+    trainer = quiet_trainer(folder, callback, saves, **{**options, **arguments})
     trainer.fit(module, Batches(5), ckpt_path=ckpt_path)
     (optimizer,) = trainer.optimizers
     assert isinstance(optimizer, HRNN)
@@ -189,6 +191,36 @@ def check_shards_of_two_ranks_go_on_at_one(folder):
     assert_close_to_one_device(module, folder.parent)
 
 
+# -- four ranks
+
+
+class InTwoDimensions(Regression):
+    """Two shards of the data, each on two ranks that divide the layers."""
+
+    def configure_model(self):
+        if not isinstance(self.head.weight, DTensor):
+            plan = {"backbone": ColwiseParallel(), "head": RowwiseParallel()}
+            parallelize_module(self, self.device_mesh["tensor_parallel"], plan)
+            for layer in (self.backbone, self.head):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def loss(self, batch):
+        mesh = self.device_mesh["data_parallel"]
+        return super().loss(tuple(value.chunk(mesh.size())[mesh.get_local_rank()] for value in batch))
+
+
+def check_tensor_parallelism(folder):
+    weights = []
+    for path in (None, folder / "epoch=1.ckpt"):
+        how = {"devices": 4, "strategy": ModelParallelStrategy(2, 2), "gradient_clip_val": None}
+        module, _ = fit(folder, InTwoDimensions(), path, **how)
+        weights.append(weights_of(module))
+    assert same_state(*weights)
+    for name, value in torch.load(folder.parent / "one_device" / "unclipped.pt").items():
+        torch.testing.assert_close(weights[0][name], value, rtol=1e-4, atol=1e-6)
+
+
+FOUR_RANKS = [check_tensor_parallelism]
 ONE_RANK = [check_shards_of_two_ranks_go_on_at_one]
 
 
@@ -201,10 +233,13 @@ def folder(tmp_path_factory):
 def reports(folder):
     one_device, _ = fit(folder / "one_device", Regression())
     torch.save(weights_of(one_device), folder / "one_device" / "weights.pt")
-    return run_on_ranks(TWO_RANKS, folder) | run_on_ranks(ONE_RANK, folder, ranks=1)
+    unclipped, _ = fit(folder / "unclipped", Regression(), gradient_clip_val=None)
+    torch.save(weights_of(unclipped), folder / "one_device" / "unclipped.pt")
+    told = run_on_ranks(TWO_RANKS, folder)
+    return told | run_on_ranks(ONE_RANK, folder, ranks=1) | run_on_ranks(FOUR_RANKS, folder, ranks=4)
 
 
-@pytest.mark.parametrize("check", [check.__name__ for check in TWO_RANKS + ONE_RANK])
+@pytest.mark.parametrize("check", [check.__name__ for check in TWO_RANKS + ONE_RANK + FOUR_RANKS])
 def test_on_ranks(reports, check):
     assert not reports[check], reports[check]
 
