@@ -207,6 +207,17 @@ def test_a_gradient_that_is_not_finite_skips_the_step_for_the_whole_model(bad: f
     assert not torch.equal(weights, flat(params))
 
 
+def test_gradients_whose_sum_overflows_are_finite() -> None:
+    params = make_params()
+    optimizer = HRNN(params, weights=make_rule())
+    before = flat(params)
+    for param in params:
+        param.grad = torch.full_like(param, 3e38)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert not torch.equal(before, flat(params))
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1e12, 1e37])
 def test_state_stays_finite_at_any_scale_of_gradient(rule: HierarchicalRNN, scale: float) -> None:
     params = make_params()

@@ -105,6 +105,15 @@ def _moved(placement: Placement, by: int) -> Placement:
     return type(placement)(**changed)
 
 
+def _are_finite(values: Sequence[Tensor], wait: bool) -> Tensor:
+    """Return whether all of some tensors are finite."""
+    if wait and values[0].device.type == "cpu":  # where a sum takes a tenth of the time that a norm does
+        sums = torch.stack([value.sum().isfinite() for value in values]).all()
+        if sums:  # no sum over what is not finite is; one over what is may overflow
+            return sums
+    return torch.stack([norm.isfinite() for norm in torch._foreach_norm(values, math.inf)]).all()
+
+
 class Ranks(NamedTuple):
     """The ranks that hold the parameters of one optimizer together, by process groups; none if each holds all."""
 
@@ -163,7 +172,7 @@ class Ranks(NamedTuple):
         here = [grad for grad in grads if grad is not None and grad.numel()]
         finite = torch.ones((), dtype=torch.bool)
         if here:
-            finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(here, math.inf)]).all()
+            finite = _are_finite(here, wait)
         if not self.several:
             return given, bool(finite) if wait or not here else finite
         counts = torch.tensor([*map(float, given), 0.0], device=device)
