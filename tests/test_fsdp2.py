@@ -66,7 +66,7 @@ def fit(folder, module, ckpt_path=None, **arguments):
     saves = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
     callback = HRNNOptimizerCallback(attentive_rule())
     options = {"max_epochs": 4, "enable_checkpointing": True, "accumulate_grad_batches": 2, "gradient_clip_val": CLIP}
-    trainer = quiet_trainer(folder, callback, saves, **{**options, **arguments})
+    trainer = quiet_trainer(folder, callback, saves, **options, **arguments)
     trainer.fit(module, Batches(5), ckpt_path=ckpt_path)
     (optimizer,) = trainer.optimizers
     assert isinstance(optimizer, HRNN)
@@ -212,12 +212,10 @@ class InTwoDimensions(Regression):
 def check_tensor_parallelism(folder):
     weights = []
     for path in (None, folder / "epoch=1.ckpt"):
-        how = {"devices": 4, "strategy": ModelParallelStrategy(2, 2), "gradient_clip_val": None}
-        module, _ = fit(folder, InTwoDimensions(), path, **how)
+        module, _ = fit(folder, InTwoDimensions(), path, devices=4, strategy=ModelParallelStrategy(2, 2))
+        assert_close_to_one_device(module, folder.parent)
         weights.append(weights_of(module))
     assert same_state(*weights)
-    for name, value in torch.load(folder.parent / "one_device" / "unclipped.pt").items():
-        torch.testing.assert_close(weights[0][name], value, rtol=1e-4, atol=1e-6)
 
 
 FOUR_RANKS = [check_tensor_parallelism]
@@ -233,8 +231,6 @@ def folder(tmp_path_factory):
 def reports(folder):
     one_device, _ = fit(folder / "one_device", Regression())
     torch.save(weights_of(one_device), folder / "one_device" / "weights.pt")
-    unclipped, _ = fit(folder / "unclipped", Regression(), gradient_clip_val=None)
-    torch.save(weights_of(unclipped), folder / "one_device" / "unclipped.pt")
     told = run_on_ranks(TWO_RANKS, folder)
     return told | run_on_ranks(ONE_RANK, folder, ranks=1) | run_on_ranks(FOUR_RANKS, folder, ranks=4)
 
