@@ -1,6 +1,7 @@
 """The callback puts HRNN in the place of what a module configures, for the time of a fit and no longer."""
 
 import copy
+import inspect
 import logging
 import pickle
 from functools import partial
@@ -196,7 +197,7 @@ def test_the_command_line_knows_the_options(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train"])
     config = {
         "class_path": "lightning_hrnn.HRNNOptimizerCallback",
-        "init_args": {"lr": 0.25, "schedulers": "keep", "weight_decay": 0.0},
+        "init_args": {"lr": 0.25, "schedulers": "keep", "weight_decay": 0.0, "on_divergence": "adamw"},
     }
     cli = LightningCLI(
         NoOptimizer,
@@ -206,7 +207,7 @@ def test_the_command_line_knows_the_options(tmp_path, monkeypatch):
         args={"trainer": {"callbacks": [config], "logger": False, "default_root_dir": str(tmp_path)}},
     )
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, HRNNOptimizerCallback)]
-    assert callback.options == HRNNOptimizerCallback(lr=0.25, schedulers="keep", weight_decay=0.0).options
+    assert callback.options == HRNNOptimizerCallback(**config["init_args"]).options
     assert cli.parser.parse_string(cli.parser.dump(cli.config)) == cli.config
 
 
@@ -270,6 +271,20 @@ def test_configure_hrnn_looks_through_torch_compile(tmp_path):
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     trainer.fit(compiled, Batches(2))
     assert isinstance(trainer.optimizers[0], HRNN)
+
+
+def test_configure_hrnn_takes_what_the_callback_takes(tmp_path):
+    module, *options = inspect.signature(configure_hrnn).parameters.values()
+    assert module.name == "module"
+    assert options == list(inspect.signature(HRNNOptimizerCallback).parameters.values())
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(configure_hrnn(NoOptimizer(), telemetry="off", patience=7), Batches(1))
+    (callback,) = [callback for callback in trainer.callbacks if isinstance(callback, HRNNOptimizerCallback)]
+    assert (callback._telemetry.detail, callback._watch.patience) == ("off", 7)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate_of_learning'"):
+        configure_hrnn(NoOptimizer(), rate_of_learning=1)
+    with pytest.raises(ValueError, match="lr is a multiplier"):
+        configure_hrnn(NoOptimizer(), lr=-1.0)
 
 
 def test_configure_hrnn_takes_lightning_modules_only():

@@ -226,6 +226,17 @@ def test_other_weights_are_told_apart_when_resuming(tmp_path):
         quiet_trainer(tmp_path, other).fit(Regression(), Batches(2), ckpt_path=path)
 
 
+def test_other_weights_are_adapted_if_asked_for(tmp_path):
+    path, module = checkpoint(tmp_path, Regression(), HRNNOptimizerCallback()), Regression()
+    callback = HRNNOptimizerCallback(attentive_rule(), other_weights="adapt")
+    trainer = quiet_trainer(tmp_path, callback)
+    with pytest.warns(UserWarning, match=r"made with the weights 'hrnn-v0'.*hidden states start anew"):
+        trainer.fit(module, Batches(2), ckpt_path=path)
+    (optimizer,) = trainer.optimizers
+    assert optimizer.uses_attention
+    assert {int(state["age"]) for state in optimizer.state.values()} == {trainer.global_step} == {4}
+
+
 def test_the_state_keeps_single_precision(tmp_path):
     def run(max_epochs, **fit):
         module = Regression()
