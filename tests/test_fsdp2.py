@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers.modules import Batches, Regression, attentive_rule, by_hand, quiet_trainer, same_state
 from helpers.ranks import assert_same_on_all_ranks, run_on_ranks, whole
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -171,12 +171,16 @@ def check_telemetry(folder):
 
 
 def check_checkpoints_of_another_optimizer(folder):
-    saves = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
-    how = shards(save_distributed_checkpoint=False)
-    quiet_trainer(folder, saves, max_epochs=1, enable_checkpointing=True, **how).fit(Sharded(), Batches(5))
-    how = shards(save_distributed_checkpoint=False)
-    with pytest.raises((ValueError, MisconfigurationException), match=r"not the state of HRNN.*exp_avg"):
-        fit(folder, Sharded(), folder / "epoch=0.ckpt", **how)
+    for distributed, kind, match in (
+        (False, ValueError, r"not the state of HRNN.*exp_avg"),
+        (True, CheckpointException, r"Missing key in checkpoint state_dict: optimizer_0.state.*hidden"),
+    ):
+        saves = ModelCheckpoint(folder / str(distributed), filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+        how = shards(save_distributed_checkpoint=distributed)
+        quiet_trainer(folder, saves, max_epochs=1, enable_checkpointing=True, **how).fit(Sharded(), Batches(5))
+        how = shards(save_distributed_checkpoint=distributed)
+        with pytest.raises(kind, match=match):
+            fit(folder, Sharded(), folder / str(distributed) / "epoch=0.ckpt", **how)
 
 
 TWO_RANKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
