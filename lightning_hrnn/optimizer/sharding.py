@@ -105,7 +105,7 @@ def _moved(placement: Placement, by: int) -> Placement:
     return type(placement)(**changed)
 
 
-def _are_finite(values: Sequence[Tensor], wait: bool) -> Tensor:
+def _are_finite(values: list[Tensor], wait: bool) -> Tensor:
     """Return whether all of some tensors are finite."""
     if wait and values[0].device.type == "cpu":  # where a sum takes a tenth of the time that a norm does
         sums = torch.stack([value.sum().isfinite() for value in values]).all()
