@@ -6,6 +6,7 @@ more, and stops the fit or goes on as AdamW from the last good weights. It asks 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -52,10 +53,11 @@ class DivergenceWatch:
         for handle in getattr(self, "_handles", []):
             handle.remove()
         self._handles: list[Any] = []
-        self._skips: dict[HRNN, int] = {}
-        self._asked: set[HRNN] = set()  # by this batch, for a step
-        self._moved: set[HRNN] = set()  # of those: stepped, and not skipped
-        self._steps = self._streak = 0
+        self._skips: dict[HRNN, int] = {}  # skipped steps at the last look
+        self._asked: set[HRNN] = set()  # for a step since then
+        self._stepped: Counter[HRNN] = Counter()  # how often, which a gradient scaler may leave out
+        self._batch_asks = False
+        self._steps = self._looked_at = self._streak = 0
         self._copied_at = -1  # step
         self._losses: Tensor | None = None  # streak of losses that were not finite, on the device
         self._good: dict[str | Tensor, Tensor] = {}
@@ -85,7 +87,7 @@ class DivergenceWatch:
             return
         self._copied_at = self._steps
         if _any_rank(trainer, self._length() > 0):
-            return
+            return  # not sound; the next copy is due in a while
         self._good, self._candidate = (
             self._candidate,
             {key: local(value.detach()).clone() for key, value in self._values(module)},
@@ -95,13 +97,12 @@ class DivergenceWatch:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Note that a step is asked for, which a gradient scaler may leave out."""
-        if optimizer in self._skips:
+        if isinstance(optimizer, HRNN) and optimizer in self._skips:
             self._asked.add(optimizer)
+            self._batch_asks = True
 
     def _after_step(self, optimizer: HRNN, *_: Any) -> None:
-        if optimizer.skipped_steps == self._skips[optimizer]:
-            self._moved.add(optimizer)
-        self._skips[optimizer] = optimizer.skipped_steps
+        self._stepped[optimizer] += 1
 
     def after_batch(self, trainer: Trainer, module: LightningModule, outputs: Any) -> None:
         """Count, and act if it is time.
@@ -109,19 +110,28 @@ class DivergenceWatch:
         Raises:
             DivergenceError: too many steps in a row were not finite.
         """
-        if not self._asked:
+        if not self._batch_asks:
             return
-        self._streak = 0 if self._asked <= self._moved else self._streak + 1
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             before = loss.new_zeros((), dtype=torch.int64) if self._losses is None else self._losses
             self._losses = torch.where(loss.detach().isfinite().all(), 0, before + 1)
-        self._asked, self._moved, self._steps = set(), set(), self._steps + 1
+        self._batch_asks, self._steps = False, self._steps + 1
         if self._steps % min(self.patience, ASKED_EVERY) == 0 and _any_rank(trainer, self._length() >= self.patience):
             self._act(trainer, module)
 
     def _length(self) -> int:
-        """Return how many steps in a row were not finite, on this rank."""
+        """Look at the device, and return how many steps in a row were not finite, on this rank.
+
+        Gradients count by the whole interval since the last look: skips are counted on the device, not listed.
+        """
+        if self._steps > self._looked_at:
+            skips = {optimizer: optimizer.skipped_steps for optimizer in self._skips}
+            bad = any(self._stepped[opt] <= skips[opt] - self._skips[opt] for opt in self._asked)  # none was taken
+            self._streak = self._streak + self._steps - self._looked_at if bad else 0
+            self._skips, self._looked_at = skips, self._steps
+            self._asked.clear()
+            self._stepped.clear()
         return max(self._streak, int(self._losses) if self._losses is not None else 0)
 
     # -- what to do

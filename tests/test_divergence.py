@@ -83,10 +83,12 @@ def test_a_fit_that_diverges_stops_and_says_what_to_do(tmp_path, what):
 
 
 def test_the_device_is_asked_every_few_steps_only(tmp_path, monkeypatch):
-    asked = []
+    asked, read = [], []
     monkeypatch.setattr("lightning_hrnn.divergence._any_rank", lambda trainer, bad: asked.append(trainer.global_step))
+    monkeypatch.setattr(HRNN, "skipped_steps", property(lambda self: read.append(1) or 0))  # on a GPU it has to wait
     fit(tmp_path, Regression(), 30, patience=50)
     assert asked == [10, 20, 30]
+    assert len(read) == 4  # at the start, and with each question
 
 
 @pytest.mark.parametrize(("batches", "patience"), [(10**9, "ignore"), (3, 4), (19, 20)])
