@@ -117,8 +117,8 @@ class HRNNOptions:
             "rate": self.rate,
             "other_weights": self.other_weights,
         }
-        if self.on_divergence == "adamw":
-            return HRNNWithFallback(params, fallback_lr=fallback_lr, **options)
+        if self.on_divergence == "adamw":  # a given rate is no multiplier: AdamW takes it at its word
+            return HRNNWithFallback(params, fallback_lr=1.0 if self.rate == "given" else fallback_lr, **options)
         return HRNN(params, **options)
 
 

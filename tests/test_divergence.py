@@ -261,6 +261,7 @@ def test_the_learning_rate_to_fall_back_to():
     assert lr(adamw) == pytest.approx(3e-4)
     assert lr(adamw, lr=0.5) == pytest.approx(3e-4)  # as the module has it, whatever multiplies the learned rates
     assert lr(lambda module: SGD(module.parameters(), lr=0.5)) == pytest.approx(1e-3)
+    assert lr(adamw, rate="given") == pytest.approx(3e-4)
 
 
 def test_an_hrnn_of_the_modules_own_cannot_fall_back(tmp_path):
