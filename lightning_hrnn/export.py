@@ -21,6 +21,7 @@ class WeightsExport(Callback):
         path: of the `.safetensors` file; its card lies beside it.
         monitor: metric to minimise.
         notes: entries to add to the card.
+        keep_all: also write every validated checkpoint beside it, as `step_N.safetensors`: for averaging.
 
     Example::
 
@@ -28,9 +29,13 @@ class WeightsExport(Callback):
     """
 
     def __init__(
-        self, path: str = "weights.safetensors", monitor: str = "val/regret", notes: dict[str, Any] | None = None
+        self,
+        path: str = "weights.safetensors",
+        monitor: str = "val/regret",
+        notes: dict[str, Any] | None = None,
+        keep_all: bool = False,
     ) -> None:
-        self.path, self.monitor, self.notes = Path(path), monitor, notes or {}
+        self.path, self.monitor, self.notes, self.keep_all = Path(path), monitor, notes or {}, keep_all
         self.best = math.inf
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -46,9 +51,14 @@ class WeightsExport(Callback):
             raise ValueError(f"Weights are exported as .safetensors, not to {self.path}.")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export if the metric improved."""
+        """Export if the metric improved, or always."""
         value = trainer.callback_metrics.get(self.monitor)
-        if trainer.sanity_checking or value is None or not float(value) < self.best:
+        if trainer.sanity_checking or value is None:
+            return
+        if self.keep_all and trainer.is_global_zero and isinstance(pl_module, MetaLearner):
+            beside = self.path.with_name(f"step_{trainer.global_step}.safetensors")
+            pl_module.export(beside, {**self.notes, self.monitor: round(float(value), 4)})
+        if not float(value) < self.best:
             return
         self.best = float(value)
         if trainer.is_global_zero and isinstance(pl_module, MetaLearner):

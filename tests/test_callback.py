@@ -58,7 +58,7 @@ def test_a_users_module_with_adamw_and_cosine_trains_by_adding_the_callback_alon
     assert isinstance(trainer.optimizers[0], HRNN)
     assert sum(module.loss(batch).item() for batch in batches) < 0.8 * before
     (message,) = said(caplog)
-    assert message.startswith("HRNNOptimizerCallback: AdamW -> HRNN (weights: hrnn-v0, lr: 1 x the learned rates)")
+    assert message.startswith("HRNNOptimizerCallback: AdamW -> HRNN (weights: hrnn-v1, lr: 1 x the learned rates)")
     assert "Dropped: CosineAnnealingLR" in message
 
 
@@ -221,7 +221,7 @@ def test_configure_hrnn_trains_a_module_that_configures_nothing(tmp_path, caplog
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     with caplog.at_level(logging.INFO):
         trainer.fit(module, Batches())
-    assert said(caplog) == ["configure_hrnn: HRNN (weights: hrnn-v0) for all trainable parameters."]
+    assert said(caplog) == ["configure_hrnn: HRNN (weights: hrnn-v1) for all trainable parameters."]
     (optimizer,) = trainer.optimizers
     assert type(optimizer) is HRNN
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
@@ -360,5 +360,5 @@ def test_options_out_of_range(options, message):
 
 
 def test_unknown_weights_are_an_error_at_once():
-    with pytest.raises(WeightsError, match=r"Unknown weights 'hrnn-v99': choose from .*'hrnn-v0'"):
+    with pytest.raises(WeightsError, match=r"Unknown weights 'hrnn-v99': choose from .*'hrnn-v1'"):
         HRNNOptimizerCallback(weights="hrnn-v99")

@@ -222,7 +222,7 @@ def test_resuming_without_the_callback_names_it(tmp_path):
 def test_other_weights_are_told_apart_when_resuming(tmp_path):
     path = checkpoint(tmp_path, Regression(), HRNNOptimizerCallback())
     other = HRNNOptimizerCallback(attentive_rule())
-    with pytest.raises(ValueError, match="made with the weights 'hrnn-v0'"):
+    with pytest.raises(ValueError, match="made with the weights 'hrnn-v1'"):
         quiet_trainer(tmp_path, other).fit(Regression(), Batches(2), ckpt_path=path)
 
 
@@ -230,7 +230,7 @@ def test_other_weights_are_adapted_if_asked_for(tmp_path):
     path, module = checkpoint(tmp_path, Regression(), HRNNOptimizerCallback()), Regression()
     callback = HRNNOptimizerCallback(attentive_rule(), other_weights="adapt")
     trainer = quiet_trainer(tmp_path, callback)
-    with pytest.warns(UserWarning, match=r"made with the weights 'hrnn-v0'.*hidden states start anew"):
+    with pytest.warns(UserWarning, match=r"made with the weights 'hrnn-v1'.*hidden states start anew"):
         trainer.fit(module, Batches(2), ckpt_path=path)
     (optimizer,) = trainer.optimizers
     assert optimizer.uses_attention

@@ -261,4 +261,4 @@ def test_optimizers_that_cannot_be_stood_in_for(make, message):
 def test_many_optimizers_of_a_kind_are_counted():
     gan = GAN()
     both = [Adam(gan.generator.parameters()), Adam(gan.critic.parameters())]
-    assert str(Conversion(both, HRNNOptions(lr=0.5))).startswith("2 x Adam -> HRNN (weights: hrnn-v0, lr: 0.5 x")
+    assert str(Conversion(both, HRNNOptions(lr=0.5))).startswith("2 x Adam -> HRNN (weights: hrnn-v1, lr: 0.5 x")

@@ -81,7 +81,7 @@ def test_every_command_has_help_with_examples(command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "{demo,train,meta-train,benchmark,evaluate"),
+        ([], "{demo,train,meta-train,average,benchmark"),
         (["fly"], "'fly'"),
         (["info", "--jsn"], "--jsn"),
         (["train"], "{fit,validate,test,predict}"),

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import lightning_hrnn
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, available_weights
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -139,7 +140,9 @@ def test_the_wheel_holds_the_default_weights_and_their_card(built):
     folder = "lightning_hrnn/optimizer/weights"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {f"{folder}/hrnn-v0.safetensors", f"{folder}/hrnn-v0.json"} <= names
+    shipped = {f"{folder}/{name}.{suffix}" for name in available_weights() for suffix in ("safetensors", "json")}
+    assert shipped <= names
+    assert f"{folder}/{DEFAULT_WEIGHTS}.json" in shipped
     assert wheel.stat().st_size < 2_000_000  # 8k floats: a bigger wheel holds a stray file
 
 

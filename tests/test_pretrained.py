@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lightning_hrnn.cli import main
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
@@ -21,6 +22,7 @@ from lightning_hrnn.optimizer.pretrained import (
     WEIGHTS_FOLDER,
     WeightsError,
     available_weights,
+    average_weights,
     fingerprint,
     load_pretrained,
     read_card,
@@ -216,3 +218,23 @@ def test_unknown_presets_parts_and_sizes_are_refused() -> None:
         RuleConfig(drift_rise=-1.0)
     with pytest.raises(ValueError, match="needs the readout 'direction' first"):
         RuleConfig(readouts=("attention",))
+
+
+def test_weights_are_averaged_with_other_bounds(tmp_path: Path) -> None:
+    rules = [HierarchicalRNN(), HierarchicalRNN(RuleConfig(drift_rise=3.0))]
+    mean = average_weights(rules, {"drift_fall": 0.1})
+    for value, one, other in zip(mean.parameters(), *(rule.parameters() for rule in rules), strict=True):
+        torch.testing.assert_close(value, (one + other) / 2)
+    assert (mean.config.drift_rise, mean.config.drift_fall) == (3.0, 0.1)
+    with pytest.raises(ValueError, match="cannot be averaged"):
+        average_weights([HierarchicalRNN(), HierarchicalRNN(RuleConfig(tensor_hidden=30))])
+    with pytest.raises(ValueError, match="cannot be averaged"):
+        average_weights(rules, {"drift_up": 1.0})
+    paths = [str(save_pretrained(rule, tmp_path / f"{k}.safetensors", {"seed": k})) for k, rule in enumerate(rules)]
+    out = tmp_path / "mean.safetensors"
+    bounds = ["--bounds", '{"drift_rise": 4}', "--initial-rate", "2e-4"]
+    assert main(["average", str(out), *paths, *bounds]) == 0
+    loaded = load_pretrained(out)
+    assert (loaded.config.drift_rise, loaded.card["initial_rate"], loaded.card["seed"]) == (4, 2e-4, 1)
+    assert [one["name"] for one in loaded.card["averaged"]] == ["0", "1"]
+    assert main(["average", str(out), paths[0], "--bounds", '{"drift_up": 4}']) == 1

@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "Train a small conv net on real digits with the learned optimizer and with four baselines.",
     "train": "Train any LightningModule by Lightning's command line: fit, validate, test, predict.",
     "meta-train": "Meta-train the learned optimizer's own weights: fit, validate.",
+    "average": "Average several checkpoints of meta-training into one set of weights.",
     "benchmark": "Measure what a step costs, beside SGD, Adam and AdamW, and how fast meta-training is.",
     "evaluate": "Compare the learned optimizer, untuned, with baselines tuned for each task.",
     "compare": "Put training runs side by side: losses over steps and over time, as a figure and a table.",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors.torch import load, save
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 
-DEFAULT_WEIGHTS = "hrnn-v0"
+DEFAULT_WEIGHTS = "hrnn-v1"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 CARD_KEYS = {"config": dict, "sha256": str}
 
@@ -48,7 +50,7 @@ def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
 
     Example:
         >>> load_pretrained().card["name"]
-        'hrnn-v0'
+        'hrnn-v1'
     """
     path = _find(weights)
     card = read_card(path)
@@ -126,6 +128,28 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
         part.write_bytes(data)
         part.replace(file)
     return path
+
+
+def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | None = None) -> HierarchicalRNN:
+    """Return a rule whose meta-parameters are the means of those of others.
+
+    Args:
+        rules: at least one; the configuration is the last one's.
+        changes: fields of that configuration to replace.
+
+    Raises:
+        ValueError: the rules, or the changes, are of different shapes, or a field is unknown.
+    """
+    try:
+        averaged = HierarchicalRNN(replace(rules[-1].config, **(changes or {})))
+        states = [rule.state_dict() for rule in rules]
+        averaged.load_state_dict({key: torch.stack([s[key] for s in states]).mean(0) for key in states[0]})
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"These rules cannot be averaged ({_first_line(error)}): take checkpoints of one run, and change only "
+            "bounds, such as drift_rise."
+        ) from error
+    return averaged.eval()
 
 
 def fingerprint(rule: HierarchicalRNN) -> str:

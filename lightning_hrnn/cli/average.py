@@ -1,0 +1,46 @@
+"""`lightning-hrnn average`: one set of weights out of several checkpoints of meta-training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lightning_hrnn.cli.parser import PROGRAM, CommandParser
+from lightning_hrnn.optimizer.pretrained import average_weights, load_pretrained, save_pretrained
+
+EXAMPLES = f"""\
+  {PROGRAM} average mine.safetensors runs/refine/step_100.safetensors runs/refine/step_200.safetensors
+  {PROGRAM} average bold.safetensors hrnn-v0 --bounds '{{"drift_rise": 5}}' --initial-rate 5e-4"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Average weights and write them with a card.
+
+    Raises:
+        OSError: If the file cannot be written.
+        ValueError: If the weights are of rules of different shapes, or a bound is unknown.
+        WeightsError: If weights are unknown or damaged.
+    """
+    parser = CommandParser(
+        prog=f"{PROGRAM} average",
+        description=(
+            "Average weights, usually checkpoints of one meta-training run: what their noise has in common goes, what\n"
+            "they learned stays. With one set of weights, only the bounds of its rates or its first rate change."
+        ),
+        examples=EXAMPLES,
+    )
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="The .safetensors file to write; its card lies beside it.")
+    add("weights", type=str, nargs="+", metavar="WEIGHTS", help="Names of shipped weights, or .safetensors files.")
+    add("--bounds", type=dict[str, float], default={}, help="Fields of RuleConfig to change, such as drift_rise.")
+    add("--initial-rate", type=float | None, default=None, help="First learned rate; the last weights' own if null.")
+    options = parser.parse_args(list(arguments))
+    rules = [load_pretrained(name) for name in options.weights]
+    rule = average_weights(rules, dict(options.bounds))
+    card = {key: value for key, value in rules[-1].card.items() if key not in ("name", "evaluation")}
+    card["averaged"] = [{"name": one.card["name"], "sha256": one.card["sha256"]} for one in rules]
+    if options.initial_rate is not None:
+        card["initial_rate"] = options.initial_rate
+    Console().print(f"Wrote {save_pretrained(rule, options.out, card)}, the average of {len(rules)}.")
