@@ -12,14 +12,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hrnn.cli import main
 from lightning_hrnn.evaluation.baselines import BASELINES, train, warm_up_cosine
+from lightning_hrnn.evaluation.evaluation_report import EvaluationReport
+from lightning_hrnn.evaluation.given import train_given
 from lightning_hrnn.evaluation.nets import VALIDATION_NETS
-from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, OURS, RATES, Learned, Outcome, Trial
+from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Learned, Outcome, Trial
 from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.statistics import diverged, interquartile_mean, interval, mean_log, reached, speedup
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.unseen import unseen_nets
 from lightning_hrnn.evaluation.verdict import judge, summarise
 from lightning_hrnn.meta.population import Population, TaskBatch
+from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, load_pretrained
 from lightning_hrnn.tasks.base import TaskFamily
 from lightning_hrnn.tasks.functions import Quadratic
@@ -82,6 +85,33 @@ def test_a_baseline_is_torchs_own(name):
             schedule.step()
             loss = batch.family.loss(params, data)[0]
             torch.testing.assert_close(found[step, index], loss.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_given_rates_are_those_of_the_optimizer():
+    batch = TaskBatch.draw(Quadratic(6), 3, seed=1)
+    rates, steps, rule = torch.tensor([1e-3, 3e-3, 1e-2]), 20, load_pretrained()
+    found = train_given(rule.without_rate(), Population([batch]), rates, steps, set(range(steps)))
+    for index, rate in enumerate(rates.tolist()):
+        params = [value[index : index + 1].clone().requires_grad_() for value in batch.params]
+        data = {key: value[index : index + 1] for key, value in batch.data.items()}
+        optimizer = HRNN(params, rule, lr=rate, rate="given")
+        schedule = LambdaLR(optimizer, lambda step: warm_up_cosine(step, steps))
+        for step in range(steps):
+            optimizer.zero_grad()
+            batch.family.loss(params, data).sum().backward()
+            optimizer.step()
+            schedule.step()
+            loss = batch.family.loss(params, data)[0]
+            torch.testing.assert_close(found[step, index], loss.detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_given_rates_are_tuned_like_a_baselines(recorder):
+    setting = Setting("nets", steps=40, seeds=3, tuning_seeds=2)
+    outcome = Trial(setting, "recorder", GIVEN).run(Learned(load_pretrained()))
+    assert outcome.lr == RATES[min(range(15), key=outcome.tuning.__getitem__)]
+    assert max(outcome.final) < min(outcome.initial) / 5
+    with pytest.raises(ValueError, match="learned optimizer"):
+        Trial(setting, "recorder", GIVEN).run()
 
 
 def test_the_schedule_rises_for_a_twentieth_and_ends_at_nothing():
@@ -227,7 +257,8 @@ def test_the_best_rate_of_the_grid_is_kept(recorder):
     assert outcome.lr == RATES[min(range(15), key=outcome.tuning.__getitem__)]
     assert outcome.tuning[-1] == math.inf or outcome.tuning[-1] > min(outcome.tuning) + 10  # 10 is far too much
     assert sum(shares) == pytest.approx(1)
-    slow = Trial(setting, "recorder", "sgd")._train(BASELINES["sgd"], outcome.lr / 100, lambda share: None)
+    trial = Trial(setting, "recorder", "sgd")
+    slow = trial._train(trial._runner(None), outcome.lr / 100, lambda share: None)
     assert max(outcome.final) < min(slow.final)
 
 
@@ -285,11 +316,22 @@ def outcome(final, seeds=5, start=4.0, lr=None):
     return Outcome(lr, [start] * seeds, [final] * seeds, steps, curve, seconds=1.0)
 
 
-def record(ours, adam=1.0, task="net"):
+def record(ours, adam=1.0, task="net", given=None):
     others = {"sgd": 3.0, "rmsprop": 2.0, "adam": adam, "adamw": 1.5}
     outcomes = {name: outcome(final, lr=RATES[3]) for name, final in others.items()}
     learned = {OURS: outcome(ours), ANYTIME: outcome(1.4 * ours)}
+    if given is not None:
+        learned[GIVEN] = outcome(given, lr=RATES[4])
     return judge(Setting("nets", 100), task, {**learned, DEFAULT_ADAM: outcome(2.5, lr=1e-3), **outcomes})
+
+
+def test_given_rates_have_a_record_of_their_own():
+    found = record(1.8, given=1.2)
+    assert found[GIVEN]["lr"] == RATES[4]
+    assert found[GIVEN]["beats"] == {"sgd": True, "rmsprop": True, "adam": False, "adamw": True}
+    report = EvaluationReport.of([found], title="t", command="c", settings={}, figures={})
+    assert "its direction ends lower than AdamW on 100% and than Adam on 0%" in report.summary
+    assert "its direction" not in EvaluationReport.of([record(1.8)], title="t", command="c", settings={}).summary
 
 
 def test_a_record_says_who_was_beaten():
@@ -312,6 +354,7 @@ def test_a_record_says_who_was_beaten():
 def test_records_add_up():
     summary = summarise([record(0.5), record(1.2), record(1.8), record(math.inf)])
     assert (summary["tasks"], summary["runs"], summary["diverged"]) == (4, 20, 5)
+    assert summary["given"] == dict.fromkeys([f"win_rate_{name}" for name in BASELINES])
     rates = [summary[f"win_rate_{name}"] for name in ("adam", "adamw", "rmsprop", "sgd", "best", "default_adam")]
     assert rates == [0.25, 0.5, 0.75, 0.75, 0.25, 0.75]
     without = summary["anytime"]

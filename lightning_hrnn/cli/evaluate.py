@@ -21,7 +21,7 @@ from lightning_hrnn.cli.parser import PROGRAM, CommandParser
 from lightning_hrnn.evaluation.baselines import BASELINES
 from lightning_hrnn.evaluation.evaluation_report import LOSS_COLUMNS, EvaluationReport, losses_row
 from lightning_hrnn.evaluation.figures import plot_curves, plot_rates, plot_win_rates
-from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, OURS, RATES, Outcome, Trial, first_rate
+from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Outcome, Trial, first_rate
 from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.verdict import judge
@@ -29,7 +29,7 @@ from lightning_hrnn.optimizer.kernels import choose_engine
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, load_pretrained
 
 QUICK: dict[str, Any] = {"steps": 50, "seeds": 2, "tuning_seeds": 1, "tasks": 2}
-NOT_SHOWN = ("default_adam", "beaten")
+NOT_SHOWN = ("default_adam", "given", "beaten")
 """Values that only the report's tables have room for."""
 DATA_DIR_HELP = "Folder of Fashion-MNIST's idx files; if null, data, or where Debian's package puts them."
 EXAMPLES = f"""\
@@ -106,6 +106,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--data-dir", type=str | None, default=None, help=DATA_DIR_HELP)
     add("--out", type=Path, default=Path("hrnn-evaluation"), help="Folder for the report, the figures and the cache.")
     add("--processes", type=PositiveInt | None, default=None, help="Each on one thread; as many as cores if null.")
+    given_help = "Also the rule's direction at given rates, tuned and scheduled like the baselines; it costs like two."
+    add("--given", action="store_true", help=given_help)
     add("--device", type=Literal["cpu", "cuda"], default="cpu", help="Where to run.")
     add("--quick", action="store_true", help="Two tasks, 50 steps, two seeds, one to tune: shows that all works.")
     options = parser.parse_args(list(arguments))
@@ -121,7 +123,8 @@ def compare(
 ) -> dict[str, dict[str, Outcome]]:
     """Return outcomes by task and optimizer, run behind a progress bar."""
     baselines = [Trial(setting, task, name) for task in tasks for name in (DEFAULT_ADAM, *BASELINES)]
-    learned = [Trial(setting, task, name, weights) for task in tasks for name in (OURS, ANYTIME)]
+    ours = (OURS, ANYTIME, GIVEN) if options.given else (OURS, ANYTIME)
+    learned = [Trial(setting, task, name, weights) for task in tasks for name in ours]
     trials = [*learned, *baselines]
     with _progress(console) as bars:
         bar = bars.add_task(f"{len(trials)} trials", total=len(trials), last="")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_hrnn.evaluation.baselines import BASELINES
+from lightning_hrnn.evaluation.protocol import GIVEN
 from lightning_hrnn.evaluation.report import Column, Report
 from lightning_hrnn.evaluation.verdict import Record, summarise
 
@@ -14,6 +15,7 @@ LOSS_COLUMNS = (
     Column("task", "task"),
     Column("hrnn", "HRNN", ".3g"),
     Column("anytime", "no cooldown", ".3g"),
+    Column("given", "given rates", ".3g"),
     *(Column(name, baseline.title.partition(",")[0], ".3g") for name, baseline in BASELINES.items()),
     Column("default_adam", "Adam 1e-3", ".3g"),
     Column("beaten", "baselines beaten"),
@@ -40,6 +42,7 @@ def losses_row(record: Mapping[str, Any]) -> Record:
         "task": record["task"],
         "hrnn": record["hrnn"]["mean"],
         "anytime": record["hrnn_anytime"]["mean"],
+        "given": record[GIVEN]["mean"] if GIVEN in record else None,
         **{name: base["mean"] for name, base in record["baselines"].items()},
         "default_adam": record["default_adam"]["mean"],
         "beaten": "all" if len(beaten) == len(BASELINES) else ", ".join(beaten) or "none",
@@ -127,7 +130,16 @@ def sentence(verdict: Record) -> str:
         f"{verdict['speedup_iqm']:.2f} (95 % interval {low:.2f} to {high:.2f}). "
         f"{verdict['diverged']} of {verdict['runs']} runs diverged. Without cooldown, not knowing the length of the "
         f"run, it ends lower than tuned Adam on {verdict['anytime']['win_rate_adam']:.0%}, and "
-        f"{verdict['anytime']['diverged']} runs diverged."
+        f"{verdict['anytime']['diverged']} runs diverged.{_given(verdict['given'])}"
+    )
+
+
+def _given(verdict: Record) -> str:
+    if verdict["win_rate_adamw"] is None:
+        return ""
+    return (
+        " At given rates, tuned as the baselines are and under the same warm-up and cosine, its direction ends lower "
+        f"than AdamW on {verdict['win_rate_adamw']:.0%} and than Adam on {verdict['win_rate_adam']:.0%}."
     )
 
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_hrnn.evaluation.baselines import BASELINES, Baseline, constant, train
+from lightning_hrnn.evaluation.baselines import BASELINES, constant, train
+from lightning_hrnn.evaluation.given import train_given
 from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.statistics import mean_log
 from lightning_hrnn.meta.population import Population, Progress, TaskBatch
@@ -31,7 +32,7 @@ from lightning_hrnn.tasks.corpus import get_corpus
 
 VERSION = 2
 """Of the protocol; outcomes of another version are not taken from a cache."""
-OURS, ANYTIME = "hrnn", "hrnn_anytime"
+OURS, ANYTIME, GIVEN = "hrnn", "hrnn_anytime", "hrnn_given"
 DEFAULT_ADAM, DEFAULT_RATE = "default_adam", 1e-3
 RATES = tuple(10 ** (exponent / 2) for exponent in range(-12, 3))
 """The grid: 15 rates from 1e-6 to 10, half a decade apart."""
@@ -82,8 +83,8 @@ class Trial:
     Args:
         setting: what is run.
         task: name of a task of the suite.
-        optimizer: `"hrnn"`, `"hrnn_anytime"` (without cooldown), `"default_adam"` (at 1e-3 throughout), or a name of
-            `BASELINES`.
+        optimizer: `"hrnn"`, `"hrnn_anytime"` (without cooldown), `"hrnn_given"` (its direction at rates tuned like a
+            baseline's), `"default_adam"` (at 1e-3 throughout), or a name of `BASELINES`.
         weights: what tells the learned optimizer's weights from others; empty for a baseline.
     """
 
@@ -105,7 +106,7 @@ class Trial:
     @property
     def is_learned(self) -> bool:
         """Tell whether the optimizer is the learned one."""
-        return self.optimizer in (OURS, ANYTIME)
+        return self.optimizer in (OURS, ANYTIME, GIVEN)
 
     def run(self, learned: Learned | None = None, tick: Tick = lambda share: None) -> Outcome:
         """Tune, if it is a baseline, and train.
@@ -117,21 +118,29 @@ class Trial:
         Raises:
             ValueError: the learned optimizer is not given.
         """
-        if self.is_learned:
-            if learned is None:
-                raise ValueError("A trial of the learned optimizer needs the learned optimizer.")
+        if self.is_learned and learned is None:
+            raise ValueError("A trial of the learned optimizer needs the learned optimizer.")
+        if learned is not None and self.optimizer in (OURS, ANYTIME):
             return self._train_learned(learned, tick)
         if self.optimizer == DEFAULT_ADAM:
-            return self._train(BASELINES["adam"]._replace(schedule=constant), DEFAULT_RATE, tick)
-        baseline = BASELINES[self.optimizer]
+            return self._train(partial(train, BASELINES["adam"].rule, schedule=constant), DEFAULT_RATE, tick)
+        runner = self._runner(learned)
         began = time.perf_counter()
-        tuning = self._tune(baseline, lambda share: tick(share / 2))
+        tuning = self._tune(runner, lambda share: tick(share / 2))
         seconds = time.perf_counter() - began
         best = min(range(len(RATES)), key=tuning.__getitem__)
-        outcome = self._train(baseline, RATES[best], lambda share: tick(share / 2))
+        outcome = self._train(runner, RATES[best], lambda share: tick(share / 2))
         return Outcome(**{**vars(outcome), "tuning_seconds": seconds, "tuning": tuple(tuning)})
 
-    def _tune(self, baseline: Baseline, tick: Tick) -> list[float]:
+    def _runner(self, learned: Learned | None) -> Callable[..., Tensor]:
+        """Return what trains a population at given rates: see `baselines.train` and `given.train_given`."""
+        if self.optimizer == GIVEN and learned is not None:
+            rule = learned.rule.to(self.setting.device).without_rate()
+            return partial(train_given, rule, engine=learned.engine)
+        baseline = BASELINES[self.optimizer]
+        return partial(train, baseline.rule, schedule=baseline.schedule)
+
+    def _tune(self, runner: Callable[..., Tensor], tick: Tick) -> list[float]:
         """Return the mean log final loss at each rate of the grid, infinite if a run failed. [R]"""
         setting, scores = self.setting, []
         tasks = self._tuning_tasks()
@@ -143,14 +152,12 @@ class Trial:
             population = Population([repeated(self._tuning_tasks(), len(part))])
             rates = torch.tensor(part, device=setting.device).repeat_interleave(tasks.count)
             share = len(part) / len(RATES) / setting.steps
-            losses = train(
-                baseline.rule,
-                population,
-                rates,
-                setting.steps,
-                {step - 1 for step in setting.final()},
-                baseline.schedule,
-                lambda step, share=share: tick(share),  # type: ignore[misc]
+            losses = runner(
+                population=population,
+                lr=rates,
+                steps=setting.steps,
+                scored={step - 1 for step in setting.final()},
+                tick=lambda step, share=share: tick(share),
             )
             scores += mean_log(setting.final_loss(losses).view(len(part), tasks.count), initial).tolist()
         return scores
@@ -158,20 +165,18 @@ class Trial:
     def _tuning_tasks(self) -> TaskBatch:
         return self.setting.draw(self.task, "tune", self.setting.tuning_seeds)
 
-    def _train(self, baseline: Baseline, rate: float, tick: Tick) -> Outcome:
+    def _train(self, runner: Callable[..., Tensor], rate: float, tick: Tick) -> Outcome:
         setting = self.setting
         population = Population([setting.draw(self.task, "report", setting.seeds)])
         steps = setting.scored()
         initial = population.losses(population.initial_params())
         began = time.perf_counter()
-        losses = train(
-            baseline.rule,
-            population,
-            torch.full((setting.seeds,), rate, device=setting.device),
-            setting.steps,
-            {step - 1 for step in steps},
-            baseline.schedule,
-            lambda step: tick(1 / setting.steps),
+        losses = runner(
+            population=population,
+            lr=torch.full((setting.seeds,), rate, device=setting.device),
+            steps=setting.steps,
+            scored={step - 1 for step in steps},
+            tick=lambda step: tick(1 / setting.steps),
         )
         return self._outcome(rate, initial, losses, time.perf_counter() - began)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.evaluation.baselines import BASELINES
-from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, OURS, RATES, Outcome
+from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Outcome
 from lightning_hrnn.evaluation.setting import SELECTION, Setting
 from lightning_hrnn.evaluation.statistics import LOSS_FLOOR, diverged, interquartile_mean, interval, mean_log, speedup
 
@@ -28,7 +28,7 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
     Args:
         setting: what was run.
         task: its name.
-        outcomes: of `"hrnn"`, `"hrnn_anytime"`, `"default_adam"` and every baseline.
+        outcomes: of `"hrnn"`, `"hrnn_anytime"`, `"default_adam"` and every baseline; `"hrnn_given"` may be there.
     """
     ours, anytime, adam = outcomes[OURS], outcomes[ANYTIME], outcomes["adam"]
     level = {name: _level(outcome) for name, outcome in outcomes.items()}
@@ -39,6 +39,10 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
         )
     ]
     default = outcomes[DEFAULT_ADAM]
+    given: Record = {}
+    if GIVEN in outcomes:
+        beats_given = {name: level[GIVEN] < level[name] for name in BASELINES}
+        given = {GIVEN: {**_baseline(outcomes[GIVEN], level[GIVEN]), "beats": beats_given}}
     return {
         "suite": setting.suite,
         "task": task,
@@ -50,6 +54,7 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
             **_learned(anytime, level[ANYTIME]),
             "beats": {name: level[ANYTIME] < level[name] for name in BASELINES},
         },
+        **given,
         "baselines": {name: _baseline(outcomes[name], level[name]) for name in BASELINES},
         "default_adam": _baseline(default, level[DEFAULT_ADAM]),
         "speedup_vs_adam": math.exp(sum(map(math.log, speedups)) / len(speedups)),
@@ -69,9 +74,11 @@ def summarise(records: Sequence[Record]) -> Record:
         `win_rate_NAME` for each baseline, `win_rate_best` (all tuned baselines beaten), `win_rate_default_adam`,
         `win_rate_pairs_adam` (share of task and seed pairs), `within_5_percent_of_adam`, `speedup_iqm` with its 95 %
         bootstrap interval `speedup_iqm_interval`, `diverged` of `runs`, `tasks`, `seconds` on the wall of the learned
-        optimizer and of the baselines, tuning apart; `anytime`, win rates and diverged runs without cooldown.
+        optimizer and of the baselines, tuning apart; `anytime`, win rates and diverged runs without cooldown; `given`,
+        win rates of the rule's direction at tuned rates, None where it was not run.
     """
     speeds = torch.tensor([record["speedups_vs_adam"] for record in records], dtype=torch.float64).log()
+    given = [record[GIVEN] for record in records if GIVEN in record]
     everyone = {f"win_rate_{name}": _share([record["beats"][name] for record in records]) for name in BASELINES}
     return {
         "tasks": len(records),
@@ -88,6 +95,7 @@ def summarise(records: Sequence[Record]) -> Record:
             },
             "diverged": sum(record["hrnn_anytime"]["diverged"] for record in records),
         },
+        "given": {f"win_rate_{name}": _share([one["beats"][name] for one in given]) for name in BASELINES},
         "speedup_iqm": float(interquartile_mean(speeds.flatten()).exp()) if records else None,
         "speedup_iqm_interval": [math.exp(edge) for edge in interval(speeds)] if records else None,
         "diverged": sum(record["hrnn"]["diverged"] for record in records),
