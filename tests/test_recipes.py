@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_hrnn.cli import main
 from lightning_hrnn.evaluation.runs import read_curves
+from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.tracking import LogWeightsCard
-from lightning_hrnn.vision import MODELS, write_image_folder
+from lightning_hrnn.vision import MODELS, build_model, write_image_folder
 from lightning_hrnn.vision.models import conv_bn
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +204,32 @@ def test_twins_differ_in_nothing_but_the_optimizer(net):
         twins.append((config, callbacks))
     assert len(twins) == 4
     assert all(twin == twins[0] for twin in twins)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "/narrow/" in recipe])
+def test_a_narrow_net_is_as_large_as_it_says_and_takes_its_images(recipe):
+    config = yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8"))
+    own = config["model"]["init_args"]
+    net = build_model(own["model"], 1, 10, **own["model_options"])
+    assert f"({sum(param.numel() for param in net.parameters()):,} parameters" in heading(recipe)["What"].replace(
+        "\n", " "
+    )
+    size = config["data"]["init_args"]["image_size"]
+    assert net(torch.randn(2, 1, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "ablate_" in recipe])
+def test_an_ablation_differs_from_the_default_rule_by_what_it_names(recipe):
+    changes = yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8"))["model"]["init_args"]["rule_changes"]
+    default, ablated = RuleConfig().to_dict(), RuleConfig(**changes).to_dict()
+    assert {name for name in default if default[name] != ablated[name]} == set(changes)
+    part = recipe.partition("ablate_")[2].partition(".")[0]
+    if part in default["features"]:
+        assert set(default["features"]) - set(ablated["features"]) == {part}
+    elif part in ("relative_update", "attention"):
+        assert (part in str(default)) != (part in str(ablated))
+    else:
+        assert default[part] != ablated[part]
 
 
 @pytest.mark.parametrize("recipe", ["recipes/digits.yaml", "recipes/fashion_mnist.yaml"])

@@ -325,6 +325,24 @@ def test_our_nets_take_images_of_any_size(size):
         assert build_model(name, in_channels=1, num_classes=3, width=4)(torch.randn(2, 1, size, size)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("divisor", [1, 4])
+def test_a_narrow_inception_keeps_every_layer_and_the_scale_of_its_weights(divisor):
+    torch.manual_seed(0)
+    wide = build_model("torchvision/inception_v3", in_channels=2, num_classes=7, aux_logits=False)
+    torch.manual_seed(0)
+    narrow = build_model("inception_v3_narrow", in_channels=2, num_classes=7, divisor=divisor)
+    assert [type(module) for module in narrow.modules()] == [type(module) for module in wide.modules()]
+    for (name, param), theirs in zip(narrow.named_parameters(), wide.parameters(), strict=True):
+        assert param.shape[0] == (7 if name.startswith("fc.") else theirs.shape[0] // divisor)
+        assert torch.equal(param, theirs[tuple(map(slice, param.shape))])
+    assert narrow(torch.randn(2, 2, 75, 75)).shape == (2, 7)
+
+
+def test_a_narrow_inception_refuses_what_does_not_divide():
+    with pytest.raises(ValueError, match="1, 2, 4, 8 or 16"):
+        build_model("inception_v3_narrow", in_channels=1, num_classes=3, divisor=3)
+
+
 def test_an_unknown_net_brings_similar_names():
     with pytest.raises(ValueError, match=r"unknown model 'resnet188'; similar names: .*resnet18.*timm/NAME"):
         build_model("resnet188", in_channels=1, num_classes=3)

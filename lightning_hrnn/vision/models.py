@@ -82,10 +82,12 @@ def inception_v3_narrow(in_channels: int, num_classes: int, divisor: int = 4) ->
         A net from [B, in_channels, H, W] to logits [B, num_classes].
 
     Raises:
-        ValueError: If a number of channels cannot be divided by `divisor`.
+        ValueError: If `divisor` does not divide the channels of every layer.
     """
     if divisor < 1 or 16 % divisor:
-        raise ValueError(f"divisor must be 1, 2, 4, 8 or 16, which divide all of Inception V3's channels; got {divisor}.")
+        raise ValueError(
+            f"divisor must be 1, 2, 4, 8 or 16, which divide all of Inception V3's channels; got {divisor}."
+        )
     net = build_model("torchvision/inception_v3", in_channels, num_classes, aux_logits=False)
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     for module in net.modules():
