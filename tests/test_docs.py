@@ -11,6 +11,7 @@ import jsonargparse
 import pytest
 import yaml
 
+import lightning_hrnn
 from lightning_hrnn import cli
 from lightning_hrnn.tasks import CORPORA, FAMILIES
 
@@ -158,6 +159,12 @@ def test_every_page_is_in_the_navigation():
 
     nav = pages(yaml.safe_load((ROOT / ".mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert sorted(nav) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_the_reference_has_every_name_at_the_top_of_the_package():
+    listed = re.findall(r"[\w.]+", (DOCS / "api.md").read_text(encoding="utf-8"))
+    said = {word.rpartition(".")[2] for word in listed}
+    assert set(lightning_hrnn.__all__) - {"__version__"} <= said
 
 
 def test_the_readme_has_the_two_commands_and_ci_runs_them():
