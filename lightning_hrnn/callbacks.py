@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -30,6 +30,7 @@ from lightning_hrnn.configure import (
     wrap_for_good,
 )
 from lightning_hrnn.divergence import DivergenceWatch, OnDivergence
+from lightning_hrnn.numbering import number_by_module
 from lightning_hrnn.optimizer.adapt import OtherWeights
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN, Rate
@@ -114,7 +115,7 @@ class HRNNOptimizerCallback(Callback):
     ) -> None:
         if telemetry not in get_args(Detail):
             raise ValueError(f"telemetry must be one of {get_args(Detail)}, not {telemetry!r}")
-        if patience < 1:
+        if patience < 1 or patience != int(patience):
             raise ValueError(f"patience is a number of steps and must be at least 1, not {patience}")
         self.options = HRNNOptions(
             weights, lr, weight_decay, schedulers, kernel, initial_rate, cooldown, rate, other_weights, on_divergence
@@ -208,8 +209,13 @@ class HRNNOptimizerCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave a trace by which Lightning asks for this callback if the checkpoint is resumed without it.
 
-        Not a `state_dict`: Lightning would then refuse a second instance before `setup` can say why.
+        Not a `state_dict`: Lightning would then refuse a second instance before `setup` can say why. And number the
+        parameters so that every strategy reads the same.
         """
+        numbered = isinstance(trainer.strategy, ModelParallelStrategy)
+        for state, optimizer in zip(checkpoint.get("optimizer_states", []), trainer.optimizers, strict=False):
+            if isinstance(optimizer, HRNN):
+                number_by_module(state, optimizer, pl_module, numbered)
         if names := [optimizer.weights_name for optimizer in _hrnns(trainer)]:
             checkpoint.setdefault("callbacks", {})[self.state_key] = {"weights": names}
 

@@ -130,6 +130,20 @@ def check_going_on_from_one_device(folder):
     assert_close_to_one_device(module, folder.parent)
 
 
+def backwards(module):
+    """AdamW over two groups, against the order of the module."""
+    layers = (module.head, module.backbone)
+    return torch.optim.AdamW([{"params": [layer.bias, layer.weight]} for layer in layers], lr=3e-4)
+
+
+def check_params_in_another_order(folder):
+    """Each parameter finds its own state, whichever strategy wrote it and in whatever order the groups have it."""
+    path = folder.parent / "one_device" / "backwards" / "epoch=1.ckpt"
+    module, optimizer = fit(folder, Sharded(backwards), path, **shards(save_distributed_checkpoint=False))
+    assert_close_to_one_device(module, folder.parent)
+    assert [param.numel() for group in optimizer.param_groups for param in group["params"]] == [1, 6, 6, 24]
+
+
 def check_precisions(folder):
     """What moves in 16 bits moves almost like what moves in 32, and the state stays in 32."""
     start, moved = weights_of(Regression()), {}
@@ -235,6 +249,7 @@ def folder(tmp_path_factory):
 def reports(folder):
     one_device, _ = fit(folder / "one_device", Regression())
     torch.save(weights_of(one_device), folder / "one_device" / "weights.pt")
+    fit(folder / "one_device" / "backwards", Regression(backwards))
     told = run_on_ranks(TWO_RANKS, folder)
     return told | run_on_ranks(ONE_RANK, folder, ranks=1) | run_on_ranks(FOUR_RANKS, folder, ranks=4)
 
@@ -251,3 +266,11 @@ def test_a_full_checkpoint_goes_on_at_one_device(reports, folder, tmp_path):
     module, optimizer = fit(tmp_path, Regression(), path)
     assert_close_to_one_device(module, folder)
     assert not any(isinstance(value, DTensor) for state in optimizer.state.values() for value in state.values())
+
+
+def test_a_full_checkpoint_of_params_in_another_order_goes_on_at_one_device(reports, folder, tmp_path):
+    path = folder / "check_params_in_another_order" / "epoch=2.ckpt"
+    groups = torch.load(path, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [group["params"] for group in groups] == [[3, 2], [1, 0]]  # of the module, in the optimizer's order
+    module, _ = fit(tmp_path, Regression(backwards), path)
+    assert_close_to_one_device(module, folder)
