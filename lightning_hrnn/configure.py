@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +26,7 @@ from lightning_hrnn.divergence import OnDivergence
 from lightning_hrnn.optimizer.adapt import OtherWeights
 from lightning_hrnn.optimizer.fallback import DEFAULT_FALLBACK_LR, HRNNWithFallback
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.kernels import KERNELS
 from lightning_hrnn.optimizer.optimizer import HRNN, Rate
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, read_card
 from lightning_hrnn.optimizer.schedule import SHARE
@@ -77,6 +79,15 @@ class HRNNOptions:
     on_divergence: OnDivergence = "stop"
 
     def __post_init__(self) -> None:
+        for name, optional in (("lr", False), ("cooldown", False), ("weight_decay", True), ("initial_rate", True)):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and not (optional and value is None):
+                raise TypeError(f"{name} must be a number{' or None' if optional else ''}, not {value!r}")
+        if not isinstance(self.weights, (str, Path, HierarchicalRNN)):
+            raise TypeError(
+                "weights must be a name, the path of a .safetensors file, or a rule that `load_pretrained` returned, "
+                f"not {self.weights!r}"
+            )
         if not 0 <= self.lr < float("inf"):
             raise ValueError(f"lr is a multiplier of the learned rates and must be >= 0 and finite, not {self.lr}")
         if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
@@ -91,6 +102,10 @@ class HRNNOptions:
         ):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
+        if self.initial_rate is not None and not 0 < self.initial_rate < float("inf"):
+            raise ValueError(f"initial_rate must be None or positive and finite, not {self.initial_rate}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"Unknown kernel {self.kernel!r}: choose from {list(KERNELS)}.")
         if self.rate == "given" and self.initial_rate is not None:
             raise ValueError("with rate='given' there is no learned rate to begin: drop initial_rate")
         if not isinstance(self.weights, HierarchicalRNN):

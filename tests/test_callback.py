@@ -352,10 +352,27 @@ def test_lbfgs_is_refused_and_the_module_left_alone(tmp_path):
         ({"lr": float("nan")}, "lr is a multiplier"),
         ({"weight_decay": -0.1}, "weight_decay must be"),
         ({"schedulers": "forget"}, "schedulers must be one of .*'drop', 'keep', 'refuse'.*'forget'"),
+        ({"initial_rate": 0.0}, "initial_rate must be None or positive and finite, not 0.0"),
+        ({"kernel": "cuda"}, r"Unknown kernel 'cuda': choose from \['auto'"),
+        ({"patience": 2.5}, "patience is a number of steps and must be at least 1, not 2.5"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
+        HRNNOptimizerCallback(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": "1"}, "lr must be a number, not '1'"),
+        ({"cooldown": None}, "cooldown must be a number, not None"),
+        ({"weight_decay": "none"}, "weight_decay must be a number or None, not 'none'"),
+        ({"weights": None}, "weights must be a name, the path of a .safetensors file, or a rule"),
+    ],
+)
+def test_options_of_another_kind(options, message):
+    with pytest.raises(TypeError, match=message):
         HRNNOptimizerCallback(**options)
 
 

@@ -254,3 +254,41 @@ def test_the_state_keeps_single_precision(tmp_path):
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
     assert {param.dtype for param in resumed.parameters()} == {torch.bfloat16}
     assert same_state(resumed.state_dict(), whole.state_dict())
+
+
+def backwards(module):
+    """Two groups against the order of the module, two tensors of one shape among them."""
+    layers = (module.twin, module.backbone)
+    return torch.optim.AdamW([{"params": [layer.bias, layer.weight]} for layer in layers], lr=3e-4)
+
+
+class Twins(Regression):
+    """The twin has the shapes of the backbone, and the head is not trained."""
+
+    def __init__(self):
+        super().__init__(backwards)
+        self.twin = torch.nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.head((self.backbone(x) + self.twin(-x)).tanh())
+
+
+def test_a_file_numbers_parameters_as_the_module_does(tmp_path):
+    """So that a strategy that goes by the module's order reads it right; torch goes by the places in the groups."""
+    module = Twins()
+    trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(), max_epochs=1)
+    trainer.fit(module, Batches(3))
+    (optimizer,) = trainer.optimizers
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    (saved,) = torch.load(tmp_path / "file.ckpt", weights_only=True)["optimizer_states"]
+    assert [group["params"] for group in saved["param_groups"]] == [[5, 4], [1, 0]]
+    for place, param in enumerate(module.parameters()):
+        assert (place in saved["state"]) == (param in optimizer.state)
+        if param in optimizer.state:
+            assert same_state(saved["state"][place], optimizer.state[param])
+    again = quiet_trainer(tmp_path, HRNNOptimizerCallback(), max_epochs=1)
+    other = Twins()
+    again.fit(other, Batches(3), ckpt_path=tmp_path / "file.ckpt")
+    for theirs, ours in zip(other.parameters(), module.parameters(), strict=True):
+        if ours in optimizer.state:
+            assert same_state(again.optimizers[0].state[theirs], optimizer.state[ours])

@@ -165,7 +165,7 @@ def _find(weights: str | Path) -> Path:
     path = Path(weights)
     if path.suffix == ".safetensors":
         if not path.is_file():
-            raise WeightsError(f"There is no weights file {path}.")
+            raise WeightsError(f"There is no weights file {path}: mend the path, or choose from {available_weights()}.")
         return path
     shipped = WEIGHTS_FOLDER / f"{weights}.safetensors"
     if str(weights) not in available_weights():
