@@ -18,7 +18,7 @@ def cooldown(step: float, steps: float, share: float = SHARE) -> float:
         share: of the run that the line takes, from 0 to 1.
 
     Example:
-        >>> [cooldown(step, 100) for step in (0, 50, 75, 99, 100, 200)]
+        >>> [round(cooldown(step, 100), 3) for step in (0, 50, 75, 99, 100, 200)]
         [1.0, 1.0, 0.5, 0.02, 0.0, 0.0]
     """
     left = max(0.0, 1 - step / steps)
