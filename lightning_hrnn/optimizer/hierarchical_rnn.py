@@ -176,8 +176,8 @@ class BoundedRate(nn.Module):
     falls. The bounds up to step `t` add up to `p log(1 + t/d)`: a rate rises or falls at most like a power of time.
     Rules meta-trained on short windows like to anneal by orders of magnitude within hundreds of steps (short-horizon
     bias, arXiv 1803.02021); here they cannot fall faster than `t ** -drift_fall`, a schedule that is safe at any age,
-    and what they lost they can win back sooner. After `drift_horizon` steps, of which the rule may know nothing, a rate no
-    longer rises.
+    and what they lost they can win back sooner. After `drift_horizon` steps, of which the rule may know nothing, a rate
+    no longer rises.
     """
 
     def __init__(self, config: RuleConfig) -> None:
