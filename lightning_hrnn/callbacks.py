@@ -159,7 +159,7 @@ class HRNNOptimizerCallback(Callback):
             optimizer.cooldown = multiplier
 
     def _multiplier(self, trainer: Trainer) -> float:
-        done = None if self.options.keeps_schedulers or self.options.rate == "given" else progress(trainer)
+        done = progress(trainer) if self.options.rates_are_its_own else None
         return 1.0 if done is None else cooldown(done, 1, self.options.cooldown)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -241,8 +241,8 @@ class HRNNOptimizerCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the multipliers, to notice who takes them for step lengths; begin to log and to watch."""
         _warn_of_length(trainer)
-        keeps = self.options.keeps_schedulers or self.options.rate == "given"
-        self._at_start = [[group["lr"] for group in opt.param_groups] for opt in _hrnns(trainer) if not keeps]
+        watched = _hrnns(trainer) if self.options.rates_are_its_own else []
+        self._at_start = [[group["lr"] for group in optimizer.param_groups] for optimizer in watched]
         self._telemetry.start(trainer, pl_module, _hrnns(trainer))
         self._watch.start(trainer, _hrnns(trainer))
 

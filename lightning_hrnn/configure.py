@@ -26,7 +26,7 @@ from lightning_hrnn.divergence import OnDivergence
 from lightning_hrnn.optimizer.adapt import OtherWeights
 from lightning_hrnn.optimizer.fallback import DEFAULT_FALLBACK_LR, HRNNWithFallback
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
-from lightning_hrnn.optimizer.kernels import KERNELS
+from lightning_hrnn.optimizer.kernels import check_kernel
 from lightning_hrnn.optimizer.optimizer import HRNN, Rate
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, read_card
 from lightning_hrnn.optimizer.schedule import SHARE
@@ -104,8 +104,7 @@ class HRNNOptions:
                 raise ValueError(f"{name} must be one of {get_args(choices)}, not {value!r}")
         if self.initial_rate is not None and not 0 < self.initial_rate < float("inf"):
             raise ValueError(f"initial_rate must be None or positive and finite, not {self.initial_rate}")
-        if self.kernel not in KERNELS:
-            raise ValueError(f"Unknown kernel {self.kernel!r}: choose from {list(KERNELS)}.")
+        check_kernel(self.kernel)
         if self.rate == "given" and self.initial_rate is not None:
             raise ValueError("with rate='given' there is no learned rate to begin: drop initial_rate")
         if not isinstance(self.weights, HierarchicalRNN):
@@ -115,6 +114,11 @@ class HRNNOptions:
     def keeps_schedulers(self) -> bool:
         """Tell whether the module's schedulers go on."""
         return (self.schedulers == "keep" or (self.rate == "given" and self.schedulers == "drop")) and self.lr > 0
+
+    @property
+    def rates_are_its_own(self) -> bool:
+        """Tell whether the rates are the learned ones, and no scheduler of the module moves them."""
+        return self.rate == "learned" and not self.keeps_schedulers
 
     @property
     def weights_name(self) -> str:
@@ -132,8 +136,8 @@ class HRNNOptions:
             "rate": self.rate,
             "other_weights": self.other_weights,
         }
-        if self.on_divergence == "adamw":  # a given rate is no multiplier: AdamW takes it at its word
-            return HRNNWithFallback(params, fallback_lr=1.0 if self.rate == "given" else fallback_lr, **options)
+        if self.on_divergence == "adamw":
+            return HRNNWithFallback(params, fallback_lr=fallback_lr, **options)
         return HRNN(params, **options)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -67,6 +68,21 @@ class Recorder(TaskFamily):
 # -- baselines
 
 
+def trained(batch, index, make_optimizer, schedule, steps):
+    """Losses after each step of training one instance in a plain loop."""
+    params = [value[index : index + 1].clone().requires_grad_() for value in batch.params]
+    data = {key: value[index : index + 1] for key, value in batch.data.items()}
+    optimizer, losses = make_optimizer(params), []
+    scheduler = LambdaLR(optimizer, lambda step: schedule(step, steps))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        batch.family.loss(params, data).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(batch.family.loss(params, data)[0].detach())
+    return torch.stack(losses)
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baseline_is_torchs_own(name):
     batch = TaskBatch.draw(Quadratic(6), 3, seed=1)
@@ -74,17 +90,8 @@ def test_a_baseline_is_torchs_own(name):
     baseline = BASELINES[name]
     found = train(baseline.rule, Population([batch]), rates, steps, set(range(steps)), baseline.schedule)
     for index, rate in enumerate(rates.tolist()):
-        params = [value[index : index + 1].clone().requires_grad_() for value in batch.params]
-        data = {key: value[index : index + 1] for key, value in batch.data.items()}
-        optimizer = TORCH[name](params, rate)
-        schedule = LambdaLR(optimizer, lambda step: baseline.schedule(step, steps))
-        for step in range(steps):
-            optimizer.zero_grad()
-            batch.family.loss(params, data).sum().backward()
-            optimizer.step()
-            schedule.step()
-            loss = batch.family.loss(params, data)[0]
-            torch.testing.assert_close(found[step, index], loss.detach(), rtol=1e-4, atol=1e-6)
+        losses = trained(batch, index, lambda params, rate=rate: TORCH[name](params, rate), baseline.schedule, steps)
+        torch.testing.assert_close(found[:, index], losses, rtol=1e-4, atol=1e-6)
 
 
 def test_given_rates_are_those_of_the_optimizer():
@@ -92,17 +99,9 @@ def test_given_rates_are_those_of_the_optimizer():
     rates, steps, rule = torch.tensor([1e-3, 3e-3, 1e-2]), 20, load_pretrained()
     found = train_given(rule.without_rate(), Population([batch]), rates, steps, set(range(steps)))
     for index, rate in enumerate(rates.tolist()):
-        params = [value[index : index + 1].clone().requires_grad_() for value in batch.params]
-        data = {key: value[index : index + 1] for key, value in batch.data.items()}
-        optimizer = HRNN(params, rule, lr=rate, rate="given")
-        schedule = LambdaLR(optimizer, lambda step: warm_up_cosine(step, steps))
-        for step in range(steps):
-            optimizer.zero_grad()
-            batch.family.loss(params, data).sum().backward()
-            optimizer.step()
-            schedule.step()
-            loss = batch.family.loss(params, data)[0]
-            torch.testing.assert_close(found[step, index], loss.detach(), rtol=1e-3, atol=1e-6)
+        make = partial(HRNN, weights=rule, lr=rate, rate="given")
+        losses = trained(batch, index, make, warm_up_cosine, steps)
+        torch.testing.assert_close(found[:, index], losses, rtol=1e-3, atol=1e-6)
 
 
 def test_given_rates_are_tuned_like_a_baselines(recorder):

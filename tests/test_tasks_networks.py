@@ -66,16 +66,22 @@ def test_perceptron_equals_torch_nn(activation):
         torch.testing.assert_close(losses[i], expected.detach())
 
 
-def test_norm_perceptron_equals_torch_nn():
-    network = NormPerceptron((6,), "gelu")
+@pytest.mark.parametrize(
+    ("network", "norm", "activation"),
+    [
+        (NormPerceptron((6,), "gelu"), nn.LayerNorm(6), nn.GELU()),
+        (BatchNormPerceptron((6,), "relu"), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU()),
+    ],
+    ids=["layer norm", "batch norm"],
+)
+def test_norm_perceptrons_equal_torch_nn(network, norm, activation):
     params = network.init(generator(), 2, 5, 3)
     params = [p + 0.1 * torch.randn(p.shape, generator=generator(k)) for k, p in enumerate(params)]
     inputs = torch.randn(2, 9, 5, generator=generator())
     for i in range(2):
         weight, gain, shift, weight_out, bias_out = (p[i] for p in params)
-        norm = nn.LayerNorm(6)
         norm.weight.data, norm.bias.data = gain[0], shift[0]
-        model = nn.Sequential(norm, nn.GELU(), linear(weight_out, bias_out))
+        model = nn.Sequential(norm, activation, linear(weight_out, bias_out))
         torch.testing.assert_close(network.forward(params, inputs)[i], model(inputs[i] @ weight).detach())
 
 
@@ -93,19 +99,6 @@ def test_residual_perceptron_equals_torch_nn():
             block = nn.Sequential(linear(*own[k + 2 : k + 4]), nn.ReLU(), linear(*own[k + 4 : k + 6]))
             stream = stream + block(normed)
         torch.testing.assert_close(network.forward(params, inputs)[i], linear(*own[-2:])(stream).detach())
-
-
-def test_batch_norm_perceptron_equals_torch_nn():
-    network = BatchNormPerceptron((6,), "relu")
-    params = network.init(generator(), 2, 5, 3)
-    params = [p + 0.1 * torch.randn(p.shape, generator=generator(k)) for k, p in enumerate(params)]
-    inputs = torch.randn(2, 9, 5, generator=generator())
-    for i in range(2):
-        weight, gain, shift, weight_out, bias_out = (p[i] for p in params)
-        norm = nn.BatchNorm1d(6, track_running_stats=False)
-        norm.weight.data, norm.bias.data = gain[0], shift[0]
-        model = nn.Sequential(norm, nn.ReLU(), linear(weight_out, bias_out))
-        torch.testing.assert_close(network.forward(params, inputs)[i], model(inputs[i] @ weight).detach())
 
 
 def test_attention_equals_torch_nn():

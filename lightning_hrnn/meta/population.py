@@ -58,7 +58,7 @@ class Progress(NamedTuple):
     """Hold how far the inner training of some tasks has come."""
 
     theta: Tensor  # [P]
-    average: Tensor  # [P] of theta over the last steps, see `meta.unroll.trailing`
+    average: Tensor  # [P] of theta over the last steps, see `meta.unroll.trailing`; theta where no loss is taken there
     state: RuleState
     lookahead: Tensor | None = None  # [P] with attention: the next gradient is taken at theta - lookahead
 

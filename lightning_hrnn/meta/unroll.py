@@ -96,7 +96,7 @@ def unroll(
         multiplier = schedule(step)
         theta, state = theta - multiplier * output.update, output.state
         lookahead = None if output.lookahead is None else multiplier * output.lookahead
-        average = trailing(average, theta, layout.to_params(state.age))
+        average = theta if point == "last" else trailing(average, theta, layout.to_params(state.age))
         if step in scored:
             points = {"last": (theta,), "average": (average,), "both": (theta, average)}[point]
             losses += [population.losses(value) for value in points]

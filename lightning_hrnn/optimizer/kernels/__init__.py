@@ -86,6 +86,16 @@ def available_kernels() -> dict[str, str]:
 KERNELS = ("auto", "eager", "cpp", "triton")
 
 
+def check_kernel(name: str) -> None:
+    """Refuse a name that no kernel has.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"Unknown kernel {name!r}: choose from {list(KERNELS)}.")
+
+
 def choose_kernel(name: str, rule: HierarchicalRNN, device_type: str) -> StepKernel:
     """Return the named kernel, or with `"auto"` the fastest one that can run the rule on the device.
 
@@ -97,8 +107,7 @@ def choose_kernel(name: str, rule: HierarchicalRNN, device_type: str) -> StepKer
     from lightning_hrnn.optimizer.kernels import cpp
     from lightning_hrnn.optimizer.kernels.eager import EagerKernel
 
-    if name not in KERNELS:
-        raise ValueError(f"Unknown kernel {name!r}: choose from {list(KERNELS)}.")
+    check_kernel(name)
     if name == "triton" or (name == "auto" and device_type == "cuda"):
         from lightning_hrnn.optimizer.kernels import triton
 
