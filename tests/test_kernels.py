@@ -201,10 +201,10 @@ def test_unsupported_rules_run_by_themselves(changes):
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    build.operators.cache_clear()
+    build.compiled.cache_clear()
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     yield
-    build.operators.cache_clear()
+    build.compiled.cache_clear()
 
 
 def test_without_a_compiler_the_rule_runs_by_itself(no_compiler):
@@ -227,12 +227,12 @@ def test_a_failed_build_is_reported_and_not_repeated(monkeypatch):
     monkeypatch.setattr(build, "_failures", {})
     monkeypatch.setattr(build, "why_unavailable", lambda: None)
     monkeypatch.setattr(build, "_load", fail)
-    build.operators.cache_clear()
+    build.compiled.cache_clear()
     for _ in range(2):
         with pytest.raises(build.BuildError, match="Building it failed"):
             build.operators(10, 4)
     assert len(calls) == 1
-    build.operators.cache_clear()
+    build.compiled.cache_clear()
 
 
 SHAPES = [(), (300,), (4, 5, 3, 3), (130, 17), (1,), (2, 0), (64, 40)]  # of tiles of 128 and chunks of 2048
@@ -363,7 +363,7 @@ def test_a_lock_left_behind_does_not_block_and_a_library_is_built_once(tmp_path,
     monkeypatch.setattr(build, "_extension_loader", lambda: loader)
     monkeypatch.setattr(build.torch.ops, "load_library", loaded.append)
     for _ in range(2):
-        build._load(10, 4)
+        build._load(build.rule_library(10, 4))
     assert loader.builds == 1
     assert [Path(path).suffix for path in loaded] == [".so"]
 
@@ -372,16 +372,16 @@ def test_a_build_that_died_is_done_again(tmp_path, monkeypatch):
     """A library without its mark may be half written; one that cannot be loaded is damaged."""
     loader = FakeLoader(tmp_path)
     monkeypatch.setattr(build, "_extension_loader", lambda: loader)
-    build._load(10, 4)
+    build._load(build.rule_library(10, 4))
     (tmp_path / "done").unlink()
-    build._load(10, 4)
+    build._load(build.rule_library(10, 4))
     assert loader.builds == 2
 
     def refuse(path):
         raise OSError(f"{path}: file too short")
 
     monkeypatch.setattr(build.torch.ops, "load_library", refuse)
-    build._load(10, 4)
+    build._load(build.rule_library(10, 4))
     assert loader.builds == 3
     assert (tmp_path / "done").exists()
 
@@ -396,5 +396,5 @@ def test_instruction_sets_have_libraries_of_their_own(tmp_path, monkeypatch):
     for capability in ("AVX512", "AVX2", "DEFAULT"):
         monkeypatch.setattr(build.torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
         (tmp_path / "done").unlink(missing_ok=True)
-        build._load(10, 4)
+        build._load(build.rule_library(10, 4))
     assert len(set(names)) == 3

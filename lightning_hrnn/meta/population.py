@@ -8,13 +8,15 @@ Legend: `B` instances of one family, `P` parameters, `T` tensors and `M` models 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_hrnn.meta.kernels.tasks import FusedTasks, fuse
 from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import RuleState
 from lightning_hrnn.tasks.base import Data, Params, TaskFamily
@@ -98,7 +100,8 @@ class Population:
     def __init__(self, batches: Sequence[TaskBatch]) -> None:
         self.batches = list(batches)
         self._shapes = [[value.shape for value in batch.params] for batch in batches]
-        self._blocks = [value.numel() for batch in batches for value in batch.params]
+        self._blocks = [[value.numel() for value in batch.params] for batch in batches]
+        self._sizes = [batch.size for batch in batches]
         sizes: list[int] = []
         model_of: list[int] = []
         first = 0
@@ -118,19 +121,27 @@ class Population:
 
     def views(self, theta: Tensor) -> list[Params]:
         """Give each batch its parameters back, in their shapes."""
-        blocks = iter(theta.split(self._blocks))
-        return [[next(blocks).view(shape) for shape in shapes] for shapes in self._shapes]
+        return [self._view(index, part) for index, part in enumerate(theta.split(self._sizes))]
 
-    def losses(self, theta: Tensor) -> Tensor:
-        """Return the full loss of every task. [M]"""
+    def _view(self, index: int, part: Tensor) -> Params:
+        shapes = self._shapes[index]
+        return [block.view(shape) for block, shape in zip(part.split(self._blocks[index]), shapes, strict=True)]
+
+    @cached_property
+    def _fused(self) -> FusedTasks | None:
+        return fuse(self.batches)
+
+    def losses(self, theta: Tensor, fused: bool = False) -> Tensor:
+        """Return the full loss of every task, differentiable once if fused. [M]"""
+        known = self._fused.losses(theta) if fused and self._fused else {}
         return torch.cat(
             [
-                batch.family.loss(params, batch.data)
-                for batch, params in zip(self.batches, self.views(theta), strict=True)
+                known[index] if index in known else batch.family.loss(params, batch.data)
+                for index, (batch, params) in enumerate(zip(self.batches, self.views(theta), strict=True))
             ]
         )
 
-    def gradient(self, theta: Tensor, second_order: bool = False) -> Tensor:
+    def gradient(self, theta: Tensor, second_order: bool = False, fused: bool = False) -> Tensor:
         """Return the gradient of every task's stochastic loss at `theta`. [P]
 
         Entries that are not finite become zero: an instance that diverged must not stop the others.
@@ -138,17 +149,30 @@ class Population:
         Args:
             theta: parameters. [P]
             second_order: keep the graph from `theta` to the gradient.
+            fused: take gradients of the families that it knows from the compiled operator, if that can be had. They
+                are the same but for rounding.
         """
-        point = theta if second_order and theta.requires_grad else theta.detach().requires_grad_()
-        with torch.enable_grad():
-            total = torch.stack(
-                [
-                    batch.family.loss(params, batch.data, batch.generator).sum()
-                    for batch, params in zip(self.batches, self.views(point), strict=True)
-                ]
-            ).sum()
-            (grad,) = torch.autograd.grad(total, point, create_graph=second_order)
-        return grad.nan_to_num(0.0, 0.0, 0.0)
+        if not fused or second_order or self._fused is None:
+            point = theta if second_order and theta.requires_grad else theta.detach().requires_grad_()
+            with torch.enable_grad():
+                losses = self._stochastic_losses(enumerate(self.views(point)))
+                (grad,) = torch.autograd.grad(torch.stack(losses).sum(), point, create_graph=second_order)
+            return grad.nan_to_num(0.0, 0.0, 0.0)
+        grad = self._fused.gradient(theta.detach())
+        parts = {k: part for k, part in enumerate(theta.detach().split(self._sizes)) if k not in self._fused.known}
+        if parts:
+            points = {index: part.requires_grad_() for index, part in parts.items()}
+            with torch.enable_grad():
+                views = ((index, self._view(index, point)) for index, point in points.items())
+                found = torch.autograd.grad(self._stochastic_losses(views), list(points.values()))
+            for index, part in zip(points, found, strict=True):
+                grad.split(self._sizes)[index].copy_(part)
+        return grad.nan_to_num_(0.0, 0.0, 0.0)
+
+    def _stochastic_losses(self, views: Iterable[tuple[int, Params]]) -> list[Tensor]:
+        """Return the sum of the stochastic losses of each batch, by its number and parameters."""
+        batches = ((self.batches[index], params) for index, params in views)
+        return [batch.family.loss(params, batch.data, batch.generator).sum() for batch, params in batches]
 
     def param_rms(self, theta: Tensor) -> Tensor:
         """Return the root mean square of each parameter tensor, as a constant. [T]"""

@@ -81,7 +81,7 @@ def unroll(
         start: where to go on from.
         steps: number of inner steps.
         scored: after which of the steps (0 is the first) to compute full losses.
-        engine: a fused equivalent of the rule's param level.
+        engine: a fused equivalent of the rule's param level; with it, the tasks' gradients are fused too.
         second_order: differentiate through the tasks' gradients too, instead of taking them as constants.
         point: where losses are taken, at the parameters themselves, at their trailing average, or at both.
         schedule: multiplier of the learned rate.
@@ -91,7 +91,7 @@ def unroll(
     losses = []
     for step in range(steps):
         attended = theta if lookahead is None else theta - lookahead
-        grad = population.gradient(attended, second_order)
+        grad = population.gradient(attended, second_order, fused=engine is not None)
         output = rule(grad, population.param_rms(theta), state, layout, engine)
         multiplier = schedule(step)
         theta, state = theta - multiplier * output.update, output.state
@@ -99,6 +99,6 @@ def unroll(
         average = theta if point == "last" else trailing(average, theta, layout.to_params(state.age))
         if step in scored:
             points = {"last": (theta,), "average": (average,), "both": (theta, average)}[point]
-            losses += [population.losses(value) for value in points]
+            losses += [population.losses(value, fused=engine is not None) for value in points]
     scores = torch.stack(losses) if losses else theta.new_zeros(0, len(layout.tensors_in))
     return Unrolled(scores, Progress(theta, average, state, lookahead))

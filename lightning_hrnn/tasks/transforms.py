@@ -172,10 +172,10 @@ class SparseGradient(_Wrapper):
     @override
     def loss(self, params: Params, data: Data, generator: torch.Generator | None = None) -> Tensor:
         if generator is not None:
-            params = [_scale_gradient(p, self._factor(p, generator)) for p in params]
+            params = [_scale_gradient(p, self.factor(p, generator)) for p in params]
         return self.family.loss(params, data, generator)
 
-    def _factor(self, param: Tensor, generator: torch.Generator) -> Tensor:
+    def factor(self, param: Tensor, generator: torch.Generator) -> Tensor:
         """Draw what each entry of the gradient is multiplied by: zero or `1 / (1 - chance)`."""
         kept = uniform(generator, *param.shape) >= self.chance
         return kept.to(param.dtype) / (1 - self.chance)

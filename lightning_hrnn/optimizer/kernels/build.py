@@ -1,9 +1,9 @@
 """Build the compiled kernels on first use, with torch's own extension loader, and keep them.
 
-A library holds the operators for one pair of sizes and one instruction set, and its name has a digest of everything
-it is made from: sources, flags, torch. So one folder serves different machines and versions, and what is there need
-not be checked again. Processes that want the same library at once take turns on a lock that the system releases when
-its holder dies, however it dies.
+A library holds operators for one instruction set, those of the rule also for one pair of sizes, and its name has a
+digest of everything it is made from: sources, flags, torch. So one folder serves different machines and versions, and
+what is there need not be checked again. Processes that want the same library at once take turns on a lock that the
+system releases when its holder dies, however it dies.
 """
 
 from __future__ import annotations
@@ -20,16 +20,25 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+FOLDER = Path(__file__).parent  # whose headers any library may include
 SOURCES = ("param_level.cpp", "step.cpp", "param_level.h", "step.h", "backward.h", "rule.h", "segments.h", "lanes.h")
 OPTIMIZE = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w")
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 INSTRUCTIONS = {"AVX512": (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"), "AVX2": AVX2}
 
-_failures: dict[tuple[int, int], str] = {}
+
+class Library(NamedTuple):
+    """Say what a library is made from."""
+
+    sources: tuple[Path, ...]  # headers too
+    defines: tuple[str, ...] = ()
+
+
+_failures: dict[Library, str] = {}
 
 
 class BuildError(RuntimeError):
@@ -55,49 +64,65 @@ def _ninja() -> str | None:
     return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
 
 
-@cache
 def operators(param_hidden: int, timescales: int) -> Any:
-    """Return the compiled operators for a rule's sizes, building them the first time (about half a minute).
+    """Return the compiled operators for a rule's sizes.
+
+    Raises:
+        BuildError: see `compiled`.
+    """
+    return compiled(rule_library(param_hidden, timescales))
+
+
+@cache
+def rule_library(param_hidden: int, timescales: int) -> Library:
+    """Describe the library of the rule's operators."""
+    sizes = (f"HRNN_HIDDEN={param_hidden}", f"HRNN_TIMESCALES={timescales}")
+    return Library(tuple(FOLDER / source for source in SOURCES), sizes)
+
+
+@cache
+def compiled(library: Library) -> Any:
+    """Return a library's operators, building them the first time (about half a minute).
 
     Raises:
         BuildError: there is no compiler, or it failed; the second call fails at once.
     """
-    sizes = (param_hidden, timescales)
-    reason = _failures.get(sizes) or why_unavailable()
+    reason = _failures.get(library) or why_unavailable()
     if reason:
         raise BuildError(reason)
     try:
-        return _load(*sizes)
+        return _load(library)
     except (OSError, RuntimeError, ImportError) as error:
         lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [repr(error)]
-        _failures[sizes] = f"Building it failed: {lines[0].strip()}"
-        raise BuildError(_failures[sizes]) from error
+        _failures[library] = f"Building it failed: {lines[0].strip()}"
+        raise BuildError(_failures[library]) from error
 
 
-def _load(param_hidden: int, timescales: int) -> Any:
-    loader, folder = _extension_loader(), Path(__file__).parent
-    flags = [*_flags(), f"-DHRNN_HIDDEN={param_hidden}", f"-DHRNN_TIMESCALES={timescales}"]
+def _load(library: Library) -> Any:
+    loader = _extension_loader()
+    flags = [*_flags(), *(f"-D{define}" for define in library.defines)]
     digest = hashlib.sha256(repr((flags, torch.__version__, platform.machine())).encode())
-    for source in SOURCES:
-        digest.update((folder / source).read_bytes())
+    for source in library.sources:
+        digest.update(source.read_bytes())
     name = f"lightning_hrnn_{digest.hexdigest()[:16]}"
     directory = Path(loader._get_build_directory(name, verbose=False))
-    library, done = directory / f"{name}.so", directory / "done"
+    built, done = directory / f"{name}.so", directory / "done"
     with _alone(directory / "building"):
         if done.exists():
             try:
-                torch.ops.load_library(str(library))
+                torch.ops.load_library(str(built))
                 return getattr(torch.ops, name)
             except OSError:  # damaged, or gone: build it again
                 done.unlink()
         # Nobody else is building: what lies here, torch's own lock included, is from a process that died.
-        for remains in (directory / "lock", library, *directory.glob("*.o")):
+        for remains in (directory / "lock", built, *directory.glob("*.o")):
             remains.unlink(missing_ok=True)
         logging.getLogger("lightning_hrnn").warning("Compiling the CPU kernel, once: this takes about half a minute.")
         with _ninja_on_path():
             loader.load(
                 name,
-                [str(folder / source) for source in SOURCES if source.endswith(".cpp")],
+                [str(source) for source in library.sources if source.suffix == ".cpp"],
+                extra_include_paths=[str(FOLDER)],
                 extra_cflags=[*flags, f"-DHRNN_LIBRARY={name}"],
                 build_directory=str(directory),
                 is_python_module=False,
