@@ -1,5 +1,6 @@
-"""What every test gets: fixed seeds, one thread, no display, no network; no GPU test without a GPU."""
+"""What every test gets: fixed seeds, one thread, no display, no network, no process left; no GPU test without one."""
 
+import multiprocessing
 import os
 import random
 
@@ -20,6 +21,15 @@ settings.load_profile("repeatable")
 def fixed_seeds():
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    """End the processes that a failed or timed-out test left behind: pytest would wait for them at its own end."""
+    yield
+    for process in multiprocessing.active_children():
+        if not process.daemon:  # workers of DataLoaders are daemons, and live as long as their loaders
+            process.kill()
 
 
 def pytest_collection_modifyitems(items):

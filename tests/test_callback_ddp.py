@@ -1,5 +1,6 @@
 """Two processes take the same steps, bit by bit, and those of one process over both their batches."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def adamw_and_cosine(module):
 
 
 class Halves(Regression):
-    """Each rank takes its half of every batch; at the end they compare weights and state."""
+    """Each rank takes its half of every batch; at the end they compare weights and state, and part."""
 
     def __init__(self, folder):
         super().__init__(adamw_and_cosine)
@@ -49,6 +50,8 @@ class Halves(Regression):
                 assert_same_on_all_ranks(value)
         if self.global_rank == 0:
             torch.save([param.detach() for param in self.parameters()], self.folder / "weights.pt")
+        # Gloo's threads may not outlive the interpreter. Forked ranks never end theirs: they run no such handlers.
+        atexit.register(torch.distributed.destroy_process_group)
 
 
 def train(folder, strategy):

@@ -1,5 +1,6 @@
 """The command line: help, errors in one line, info, Lightning's subcommands."""
 
+import atexit
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from lightning.pytorch import Callback
 from lightning_hrnn.cli import COMMANDS, main
 from lightning_hrnn.cli.errors import explain, reporting_errors
 from lightning_hrnn.cli.folders import ready_folder
+from lightning_hrnn.cli.lightning import leave_process_group
 from lightning_hrnn.cli.run_report import panels_of
 from lightning_hrnn.evaluation.runs import read_curves
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, WEIGHTS_FOLDER, WeightsError
@@ -263,6 +265,18 @@ def test_train_reports_and_its_checkpoint_tests_alike(tmp_path):
     assert main(["train", "validate", *again]) == 0
     report = json.loads((tmp_path / "again" / "report.json").read_text())
     assert {row["metric"]: row["value"] for row in report["results"]}["val/loss"] == pytest.approx(metrics["val/loss"])
+
+
+def test_at_its_exit_a_process_leaves_its_group(monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    fit = ["train", "fit", "--config", DIGITS, "--trainer.fast_dev_run", "true", "--trainer.callbacks", "null", *QUIET]
+    assert main(fit) == 0
+    assert leave_process_group in at_exit
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    for _ in range(2):  # the second time there is none to leave
+        leave_process_group()
+        assert not torch.distributed.is_initialized()
 
 
 def test_what_belongs_together_shares_a_panel():

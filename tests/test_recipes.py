@@ -284,11 +284,13 @@ def test_two_processes_are_killed_and_go_on(workplace):
             env=environment,
             start_new_session=True,
         )
-        while running.poll() is None and not list(Path("kept").glob("*step=8.ckpt")):
-            time.sleep(0.2)
-        assert running.poll() is None, Path("said.txt").read_text()
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
+        try:
+            while running.poll() is None and not list(Path("kept").glob("*step=8.ckpt")):
+                time.sleep(0.2)
+            assert running.poll() is None, Path("said.txt").read_text()
+        finally:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
     assert "MEMBER: 2/2" in Path("said.txt").read_text()
     (saved,) = [path for path in Path("kept").glob("*.ckpt") if path.name != "last.ckpt"]
     stopped = torch.load(saved, weights_only=False)
