@@ -6,7 +6,6 @@ use attention, it also moves the parameters to the point where the next gradient
 true weights at all times except between the start of a training batch and the end of its backward pass.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from inspect import signature
@@ -15,20 +14,12 @@ from typing import Any, Concatenate, ParamSpec, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
-from lightning_hrnn.configure import (
-    HRNNOptions,
-    SchedulerPolicy,
-    hrnn_optimizers,
-    unwrap_after_fit,
-    wrap_for_fit,
-    wrap_for_good,
-)
+from lightning_hrnn.configure import hrnn_optimizers, unwrap_after_fit, wrap_for_fit, wrap_for_good
 from lightning_hrnn.divergence import DivergenceWatch, OnDivergence
 from lightning_hrnn.numbering import number_by_module
 from lightning_hrnn.optimizer.adapt import OtherWeights
@@ -37,23 +28,12 @@ from lightning_hrnn.optimizer.optimizer import HRNN, Rate
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 from lightning_hrnn.optimizer.schedule import SHARE, cooldown
 from lightning_hrnn.optimizer.state import FALLBACK_LR, note_of
-from lightning_hrnn.progress import planned_steps, progress
+from lightning_hrnn.options import HRNNOptions, SchedulerPolicy
+from lightning_hrnn.progress import progress
+from lightning_hrnn.suitability import StepLengthWatch, check_strategy, warn_of_length
 from lightning_hrnn.telemetry import Detail, Telemetry
 
 __all__ = ["HRNNOptimizerCallback", "configure_hrnn", "hrnn_optimizers"]
-
-REFUSED_STRATEGIES = {
-    FSDPStrategy: (
-        "FSDP1 flattens parameters into one, which hides the tensors whose statistics HRNN needs. Use "
-        "ModelParallelStrategy, which shards by FSDP2, or Trainer(strategy='ddp')"
-    ),
-    DeepSpeedStrategy: (
-        "DeepSpeed takes the step itself, on its own copies of the parameters. Use ModelParallelStrategy, which shards "
-        "by FSDP2, or Trainer(strategy='ddp')"
-    ),
-}
-FAR = 10  # times the horizon of the weights: a run as long as that is worth a warning
-SUSPICIOUS_LR = 0.02  # of the lr at the start: who writes less most likely means a step length
 
 
 class HRNNOptimizerCallback(Callback):
@@ -122,7 +102,7 @@ class HRNNOptimizerCallback(Callback):
         )
         self._telemetry = Telemetry(telemetry, kernel)
         self._watch = DivergenceWatch(on_divergence, patience)
-        self._at_start: list[list[float]] = []  # lr by optimizer and param group, while there is something to notice
+        self._step_lengths = StepLengthWatch()
 
     # -- injection
 
@@ -173,7 +153,7 @@ class HRNNOptimizerCallback(Callback):
             optimizer.end_attention()
         self._telemetry.before_step(trainer, optimizer)
         self._watch.before_step(optimizer)
-        self._warn_of_step_lengths(trainer)
+        self._step_lengths.look(_hrnns(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -240,26 +220,10 @@ class HRNNOptimizerCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the multipliers, to notice who takes them for step lengths; begin to log and to watch."""
-        _warn_of_length(trainer)
-        watched = _hrnns(trainer) if self.options.rates_are_its_own else []
-        self._at_start = [[group["lr"] for group in optimizer.param_groups] for optimizer in watched]
+        warn_of_length(trainer, _hrnns(trainer))
+        self._step_lengths.start(_hrnns(trainer) if self.options.rates_are_its_own else [])
         self._telemetry.start(trainer, pl_module, _hrnns(trainer))
         self._watch.start(trainer, _hrnns(trainer))
-
-    def _warn_of_step_lengths(self, trainer: Trainer) -> None:
-        """Warn once if something has written a learning rate that looks like a step length."""
-        for optimizer, at_start in zip(_hrnns(trainer), self._at_start, strict=False):
-            for index, group in enumerate(optimizer.param_groups):
-                before = at_start[index] if index < len(at_start) else max(at_start)
-                if 0 < group["lr"] < before * SUSPICIOUS_LR:
-                    self._at_start = []
-                    rank_zero_warn(
-                        f"Something set the lr of param group {index} to {group['lr']:g}. For HRNN it is a multiplier "
-                        f"of the learned rates (at the start {before:g}), not a step length: the group will barely "
-                        "train. Look for a warm-up in `optimizer_step`, or for a learning rate given to a callback "
-                        "such as StochasticWeightAveraging or BackboneFinetuning."
-                    )
-                    return
 
 
 Options = ParamSpec("Options")
@@ -335,29 +299,13 @@ def _bring_callback(module: LightningModule, own: Any, make_callback: MakeCallba
     return [*callbacks, make_callback()]
 
 
-def _warn_of_length(trainer: Trainer) -> None:
-    """Warn of a run many times as long as those that the weights were meta-trained on."""
-    steps = planned_steps(trainer)
-    for optimizer in _hrnns(trainer):
-        horizon = optimizer.card.get("horizon")
-        if horizon and FAR * horizon < steps < math.inf:
-            rank_zero_warn(
-                f"This fit plans {steps:,} steps, and the weights {optimizer.weights_name!r} were meta-trained on runs "
-                f"of at most {horizon:,}. Whether their learned rates are right so far out nobody has measured. Watch "
-                "hrnn/log_lr, or choose rate='given' and a schedule of your own."
-            )
-            return
-
-
 def _check_trainer(trainer: Trainer) -> None:
     count = sum(isinstance(callback, HRNNOptimizerCallback) for callback in _callbacks(trainer))
     if count > 1:
         raise MisconfigurationException(
             f"The Trainer has {count} HRNNOptimizerCallbacks, and each would replace all optimizers. Leave one."
         )
-    for strategy, reason in REFUSED_STRATEGIES.items():
-        if isinstance(trainer.strategy, strategy):
-            raise MisconfigurationException(f"HRNN cannot train under {type(trainer.strategy).__name__}: {reason}.")
+    check_strategy(trainer)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import math
 import pickle
 from functools import partial
 from types import SimpleNamespace
@@ -297,6 +298,25 @@ def test_hrnn_optimizers_is_a_modules_own_line(tmp_path):
     quiet_trainer(tmp_path).fit(module, batches)
     by_hand(plain, batches, lr=0.5, cool=False)  # who wants the cooldown adds the callback
     assert_equal_params(module, plain)
+
+
+def test_hrnn_optimizers_takes_given_rates():
+    module, rate = Regression(), 1e-3
+    optimizer = hrnn_optimizers(module, lr=rate, rate="given")
+    assert optimizer.param_groups[0]["lr"] == rate
+    module.loss(Batches().items[0]).backward()
+    optimizer.step()
+    assert [float(log_rate) for log_rate in optimizer.log_rates()] == pytest.approx([math.log(rate)] * 4)
+    with pytest.raises(ValueError, match="say it by lr, such as lr=1e-3"):
+        hrnn_optimizers(module, rate="given")
+
+
+def test_hrnn_optimizers_adapts_the_state_of_other_weights():
+    saved = hrnn_optimizers(Regression(), weights="hrnn-v0").state_dict()
+    with pytest.warns(UserWarning, match="hidden states start anew"):
+        hrnn_optimizers(Regression(), other_weights="adapt").load_state_dict(saved)
+    with pytest.raises(ValueError, match="other_weights='adapt'"):
+        hrnn_optimizers(Regression()).load_state_dict(saved)
 
 
 def test_hrnn_optimizers_leaves_out_what_is_frozen():

@@ -9,8 +9,9 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from lightning_hrnn.callbacks import HRNNOptimizerCallback
-from lightning_hrnn.configure import Conversion, HRNNOptions
+from lightning_hrnn.conversion import Conversion
 from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.options import HRNNOptions
 from lightning_hrnn.schedulers import HeldLR
 
 

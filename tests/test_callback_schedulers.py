@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
 
 from lightning_hrnn.callbacks import HRNNOptimizerCallback
-from lightning_hrnn.configure import Conversion, HRNNOptions
+from lightning_hrnn.conversion import Conversion
 from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.options import HRNNOptions
 from lightning_hrnn.schedulers import HeldLR
 
 BASE = 3e-4
