@@ -16,8 +16,8 @@ from lightning.pytorch import Callback
 
 from lightning_hrnn.cli import COMMANDS, main
 from lightning_hrnn.cli.errors import explain, reporting_errors
+from lightning_hrnn.cli.every_run import leave_process_group
 from lightning_hrnn.cli.folders import ready_folder
-from lightning_hrnn.cli.lightning import leave_process_group
 from lightning_hrnn.cli.run_report import panels_of
 from lightning_hrnn.evaluation.runs import read_curves
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, WEIGHTS_FOLDER, WeightsError
@@ -277,6 +277,16 @@ def test_at_its_exit_a_process_leaves_its_group(monkeypatch):
     for _ in range(2):  # the second time there is none to leave
         leave_process_group()
         assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # Lightning's
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_what_hrnn_began_no_other_optimizer_goes_on_with(fails):
+    fit = ["train", "fit", "--config", DIGITS, "--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", *QUIET]
+    assert main(fit) == 0
+    (saved,) = Path("runs/digits").rglob("last.ckpt")
+    said = fails(*fit, "--trainer.callbacks", "null", "--trainer.max_steps", "4", "--ckpt_path", str(saved))
+    assert "the state of HRNN, from which AdamW cannot go on. Resume with --trainer.callbacks+=HRNN" in said
 
 
 def test_what_belongs_together_shares_a_panel():

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from lightning_hrnn.cli.every_run import GoOnWithHRNN, LeaveProcessGroup
 from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.parser import parser_options
 from lightning_hrnn.cli.run_report import write_run_report
@@ -29,26 +28,6 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"configuration": config}, allow_val_change=True)
-
-
-class LeaveProcessGroup(Callback):
-    """Let every process leave the group of processes before its interpreter ends.
-
-    The threads of Gloo may otherwise still hold Python objects then, and the process is aborted after all its work is
-    done. Lightning does this for NCCL alone. After an error nothing is left to be waited for: a collective that the
-    other processes never enter would hold the exit up until it times out.
-    """
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have it done at the exit, for a program may run several trainers."""
-        atexit.unregister(leave_process_group)
-        atexit.register(leave_process_group)
-
-
-def leave_process_group() -> None:
-    """Destroy the group of processes, if there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class CommandCLI(LightningCLI):
@@ -172,7 +151,7 @@ def run_lightning(
         data,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [*callbacks, LeaveProcessGroup()]},
+        trainer_defaults={"callbacks": [*callbacks, GoOnWithHRNN(), LeaveProcessGroup()]},
         parser_kwargs={"prog": prog, "description": description, **parser_options(examples), **subcommands},
         subclass_mode_model=True,
         subclass_mode_data=True,
