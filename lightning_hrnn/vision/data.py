@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from lightning_hrnn.vision.batches import ImageSet, TensorBatches, from_the_start
-from lightning_hrnn.vision.transforms import Scale, ShiftAndFlip
+from lightning_hrnn.vision.transforms import Scale, ShiftAndFlip, brightness
 
 SPLIT_SEED = 0
 
@@ -65,8 +65,7 @@ class ImageData(LightningDataModule):
 
     def picture(self, images: Tensor) -> Tensor:
         """Turn inputs [B, C, H, W] back into shares of brightness, for people to look at."""
-        mean, std = images.new_tensor(self.scale.mean), images.new_tensor(self.scale.std)
-        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+        return brightness(images, self.scale.mean, self.scale.std)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the data set, once."""

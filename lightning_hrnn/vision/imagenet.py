@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_hrnn.vision.data import DataNotFoundError, batches_done, data_rank
 from lightning_hrnn.vision.loading import EpochShare, ResumableLoader
+from lightning_hrnn.vision.transforms import brightness
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVAL_SHARE = 0.875
@@ -167,8 +168,7 @@ class ImageNetData(LightningDataModule):
 
     def picture(self, images: Tensor) -> Tensor:
         """Turn inputs [B, 3, H, W] back into shares of brightness, for people to look at."""
-        mean, std = images.new_tensor(MEAN), images.new_tensor(STD)
-        return (images * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+        return brightness(images, MEAN, STD)
 
     def _to_tensor(self) -> list[Any]:
         import torch

@@ -5,11 +5,18 @@ Legend: `B` images in a batch, `C` channels, `H x W` pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def brightness(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turn inputs [B, C, H, W], centred by `mean` and `std` of each channel, back into shares of brightness."""
+    centre, width = images.new_tensor(mean), images.new_tensor(std)
+    return (images * width[:, None, None] + centre[:, None, None]).clamp(0, 1)
 
 
 @dataclass(frozen=True)
