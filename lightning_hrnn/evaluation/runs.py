@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def interpolate(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     """
     if len(xs) < 2:
         return ys[0] * (x + 1) / (xs[0] + 1)  # from zero before the first step
-    right = next((i for i in range(1, len(xs) - 1) if xs[i] >= x), len(xs) - 1)
+    right = bisect_left(xs, x, 1, len(xs) - 1)
     left = right - 1
     return ys[left] + (ys[right] - ys[left]) * (x - xs[left]) / ((xs[right] - xs[left]) or 1)
 
