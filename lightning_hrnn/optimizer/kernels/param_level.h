@@ -110,6 +110,10 @@ template <class T, int R> void forward(const Weights<T, R>& rule, const Forward<
             const int count = std::min<int64_t>(TILE, end - begin);
             int64_t first = tensor;
             fetch(scratch, io.grad, io.before, told, offsets, begin, count, tensor);
+            const int ahead = int(std::min<int64_t>(TILE, end - begin - count));
+            prefetch_rows(io.before.hidden + begin + count, H, params, ahead);
+            prefetch_rows(io.before.average + begin + count, S, params, ahead);
+            prefetch_rows(io.before.square + begin + count, S, params, ahead);
             NoTrace none;
             forward_tile(rule, scratch.above, tile, none);
             write_rows(io.after.hidden + begin, tile.hidden, H, params, count);

@@ -6,12 +6,14 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
-#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
 
 #include "lanes.h"
 
@@ -135,19 +137,28 @@ private:
     std::vector<T> sums, edges;
 };
 
-// Call work(chunk, scratch) for every chunk, on as many threads as torch uses, each with scratch of its own.
+// Ask for pieces of rows before they are needed: there are more of them than a processor can keep in view by itself.
+template <class Stored> HRNN_INLINE void prefetch_rows(const Stored* from, int rows, int64_t stride, int count) {
+    constexpr int LINE = 64 / sizeof(Stored);
+    for (int i = 0; i < rows; i++)
+        for (int p = 0; p < count; p += LINE) __builtin_prefetch(from + i * stride + p, 1);
+}
+
+// Call work(chunk, scratch) for every chunk, on as many threads as torch uses, each with scratch of its own. A thread
+// takes the next chunk when it is done with one, so that none waits long for another that got less of the processor.
 //
 // at::parallel_for would be inlined here and would bring an OpenMP runtime of its own, which does not know what
 // torch.set_num_threads said. The loop of a TensorIterator runs within torch, on torch's threads, whatever they are.
 struct Nothing {};
 template <class Scratch = Nothing, class Work> void each_chunk(int64_t chunks, Work work) {
-    const at::Tensor numbers = at::arange(chunks, at::TensorOptions().dtype(at::kLong));
+    const int64_t threads = std::min<int64_t>(chunks, at::get_num_threads());
+    const at::Tensor numbers = at::empty({threads}, at::TensorOptions().dtype(at::kByte));
     auto iterator = at::TensorIterator::borrowing_nullary_op(numbers);
+    std::atomic<int64_t> next{0};
     iterator.for_each(
-        [&](char** data, const int64_t* strides, int64_t count) {
+        [&](char**, const int64_t*, int64_t) {
             const auto scratch = std::make_unique<Scratch>();
-            for (int64_t i = 0; i < count; i++)
-                work(*reinterpret_cast<const int64_t*>(data[0] + i * strides[0]), *scratch);
+            for (int64_t chunk = next++; chunk < chunks; chunk = next++) work(chunk, *scratch);
         },
         1);
 }

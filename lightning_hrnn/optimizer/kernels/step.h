@@ -193,6 +193,18 @@ template <int R> HRNN_INLINE void add_up(MeasureScratch<R>& scratch, int count) 
     scratch.sums.rows[ROWS - 1] += row_sum(scratch.params);
 }
 
+template <class Stored> HRNN_INLINE void prefetch_tile(const Work& work, int64_t begin, int count) {
+    prefetch_rows(static_cast<const Stored*>(work.hidden) + begin, H, work.count, count);
+    prefetch_rows(static_cast<const Stored*>(work.average) + begin, S, work.count, count);
+    prefetch_rows(static_cast<const Stored*>(work.square) + begin, S, work.count, count);
+    with_kind(work.grad_kind, [&](auto kind) {
+        prefetch_rows(static_cast<const decltype(kind)*>(work.grad) + begin, 1, 0, count);
+    });
+    with_kind(work.param_kind, [&](auto kind) {
+        prefetch_rows(static_cast<const decltype(kind)*>(work.param) + begin, 1, 0, count);
+    });
+}
+
 template <class Stored, int R>
 HRNN_INLINE void measure_tile(
     const Weights<float, R>& rule, const OneTensor<float>& above, MeasureScratch<R>& scratch, const Work& work,
@@ -210,6 +222,7 @@ HRNN_INLINE void measure_tile(
     read_state(tile.before, hidden, H, count, n);
     read_state(tile.average_before, average, S, count, n);
     read_state(tile.square_before, square, S, count, n);
+    prefetch_tile<Stored>(work, begin + count, int(std::min<int64_t>(TILE, n - begin - count)));
     NoTrace none;
     forward_tile(rule, above, tile, none, count);
     write_state<H>(hidden, tile.hidden, tile.grad, count, n, key);
