@@ -53,6 +53,7 @@ SHARE_KEYS = {
     "image_size",
     "share_of_iteration",
 }
+THREAD_KEYS = {"optimizer", "device", "kernel", "threads", "model", "params", "ns_per_param", "speedup"}
 needs_proc = pytest.mark.skipif(
     peak_temporary_bytes(lambda: None, CPU) is None, reason="the system does not say how much memory is resident"
 )
@@ -67,7 +68,8 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     threads = torch.get_num_threads()
     began = time.monotonic()
-    assert main(["benchmark", "--quick", "--rounds", "2", "--models", "1e4", "conv", "--out", str(folder)]) == 0
+    options = ["--quick", "--rounds", "2", "--models", "1e4", "conv", "--threads", "1", "2"]
+    assert main(["benchmark", *options, "--out", str(folder)]) == 0
     torch.set_num_threads(threads)
     assert time.monotonic() - began < 240  # under a minute on a machine that does nothing else, kernels built
     return folder
@@ -80,16 +82,21 @@ def report(out):
 
 @pytest.fixture(scope="module")
 def rows(report):
-    """The rows of steps, of shares and of meta-training."""
-    of_steps, of_shares, of_unrolls = [], [], []
+    """The rows of steps, of shares, of meta-training and of threads."""
+    of_steps, of_shares, of_unrolls, of_threads = [], [], [], []
     for row in report["results"]:
         kind = next(
             rows
-            for keys, rows in ((STEP_KEYS, of_steps), (SHARE_KEYS, of_shares), (UNROLL_KEYS, of_unrolls))
+            for keys, rows in (
+                (STEP_KEYS, of_steps),
+                (SHARE_KEYS, of_shares),
+                (UNROLL_KEYS, of_unrolls),
+                (THREAD_KEYS, of_threads),
+            )
             if row.keys() == keys
         )
         kind.append(row)
-    return of_steps, of_shares, of_unrolls
+    return of_steps, of_shares, of_unrolls, of_threads
 
 
 def test_every_variant_was_measured_on_every_model(rows):
@@ -123,7 +130,7 @@ def test_state_is_what_the_optimizers_say(rows):
 
 
 def test_a_real_network_has_shares_of_an_iteration(rows):
-    of_steps, of_shares, _ = rows
+    of_steps, of_shares, *_ = rows
     assert len(of_shares) == len(of_steps)  # two batch sizes, of one of the two models
     assert {row["model"] for row in of_shares} == {"conv"}
     assert all(0 < row["share_of_iteration"] < 1 for row in of_shares)
@@ -146,11 +153,23 @@ def test_both_estimators_ran_on_every_engine(rows):
     assert min(speeds.values()) > 1000
 
 
+def test_threads_are_compared_on_every_model(rows):
+    fastest = [name for name in ("eager", "cpp") if available_kernels()[name] == "available"][-1]
+    found = [(row["model"], row["optimizer"], row["kernel"], row["threads"]) for row in rows[3]]
+    compared = (("adam", "fused"), ("hrnn", fastest))
+    assert found == [(m, *variant, n) for m in ("1e4", "conv") for variant in compared for n in (1, 2)]
+    for row in rows[3]:
+        assert row["ns_per_param"] > 0
+        assert row["speedup"] == 1 if row["threads"] == 1 else row["speedup"] > 0
+    assert torch.get_num_threads() == 1
+
+
 def test_the_report_holds_all_tables_figures_and_settings(out, report):
     text = (out / "report.md").read_text()
-    assert text.count("\n## Share of a training iteration\n") == text.count("\n## Meta-training\n") == 1
+    for title in ("Share of a training iteration", "Threads", "Meta-training"):
+        assert text.count(f"\n## {title}\n") == 1
     table_rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
-    assert len(table_rows) == len(report["results"]) + 3  # the headings
+    assert len(table_rows) == len(report["results"]) + 4  # the headings
     assert text.index("# What the learned optimizer costs") < text.index("## Meta-training") < text.index("## How to")
     assert set(report["figures"]) == {"cost.png", "ratios.png"}
     for name in report["figures"]:

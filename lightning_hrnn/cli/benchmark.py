@@ -24,10 +24,12 @@ from lightning_hrnn.evaluation.benchmark import (
     UnrollSize,
     load_model,
     measure_steps,
+    measure_threads,
     measure_unrolls,
     variants,
 )
 from lightning_hrnn.evaluation.benchmark.report import BenchmarkReport, Measured, Part
+from lightning_hrnn.evaluation.benchmark.steps import BASE
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, load_pretrained
 
@@ -70,7 +72,7 @@ NOT_SHOWN = ("params", "image_size")
 EXAMPLES = f"""\
   {PROGRAM} benchmark
   {PROGRAM} benchmark --quick --out /tmp/benchmark
-  {PROGRAM} benchmark --threads 2 --models 1e6 resnet18
+  {PROGRAM} benchmark --threads 1 2
   {PROGRAM} benchmark --device cuda --models resnet50 vit_b_16"""
 
 
@@ -88,10 +90,10 @@ def run(arguments: Sequence[str]) -> None:
     effort = QUICK if options.quick else FULL[options.device]
     effort = effort._replace(models=tuple(options.models or effort.models), rounds=options.rounds or effort.rounds)
     rule, console = load_pretrained(options.weights), Console()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads[0])
     models = [load_model(name) for name in effort.models]  # all at first: a wrong name ends the run now
     ready_folder(options.out)
-    measured = measure(rule, models, effort, torch.device(options.device), console)
+    measured = measure(rule, models, effort, torch.device(options.device), options.threads, console)
     for part in measured.parts:
         show(part, console)
     report = BenchmarkReport.of(
@@ -118,7 +120,13 @@ def parse(arguments: Sequence[str]) -> Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("hrnn-benchmark"), help="Folder for report.json, report.md and the figures.")
-    add("--threads", type=PositiveInt, default=1, help="Processor threads.")
+    add(
+        "--threads",
+        type=PositiveInt,
+        nargs="+",
+        default=[1],
+        help="Processor threads. With several numbers the first is everything's; on the others steps are timed again.",
+    )
     add(
         "--models",
         type=str,
@@ -137,10 +145,15 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 
 def measure(
-    rule: HierarchicalRNN, models: Sequence[Model], effort: Effort, device: torch.device, console: Console
+    rule: HierarchicalRNN,
+    models: Sequence[Model],
+    effort: Effort,
+    device: torch.device,
+    threads: Sequence[int],
+    console: Console,
 ) -> Measured:
     """Measure everything behind progress bars."""
-    measured = Measured([], [], [], spread=0.0)
+    measured = Measured([], [], [], [], spread=0.0)
     common: dict[str, Any] = {"rounds": effort.rounds, "shortest": effort.shortest}
     with _progress(console) as bars:
         compared = variants(rule, device)
@@ -149,6 +162,10 @@ def measure(
             measured.steps.extend(found.steps)
             measured.shares.extend(found.shares)
             measured.spread = max(measured.spread, found.spread)
+            if len(threads) > 1 and device.type == "cpu":
+                fastest = [variant for variant in compared if variant.name in (BASE, compared[-2].name)]
+                tick = _ticker(bars, f"{model.name}, threads")
+                measured.threads.extend(measure_threads(model, fastest, threads, **common, tick=tick))
         measured.unrolls.extend(
             measure_unrolls(rule, device, effort.unroll, **common, tick=_ticker(bars, "meta-training"))
         )
@@ -160,9 +177,9 @@ def settings(options: Namespace, effort: Effort) -> dict[str, Any]:
     on_cpu, unrolled = options.device == "cpu", effort.unroll
     return {
         "device": options.device,
-        "threads": options.threads,
+        "threads": options.threads[0],
         "rounds": effort.rounds,
-        "clock": "processor time" if on_cpu and options.threads == 1 else "time on the wall",
+        "clock": "processor time" if on_cpu and options.threads[0] == 1 else "time on the wall",
         "weights": options.weights,
         "sgd": "with momentum",
         "hrnn-bf16": "the fastest kernel with state in bfloat16",
@@ -190,7 +207,7 @@ def show(part: Part, console: Console) -> None:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<13}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        TextColumn("{task.description:<17}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
 
 

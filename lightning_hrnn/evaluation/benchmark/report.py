@@ -29,6 +29,15 @@ SHARE_COLUMNS = (
     Column("kernel", "kernel"),
     Column("share_of_iteration", "share", ".2%"),
 )
+THREAD_COLUMNS = (
+    Column("model", "model"),
+    Column("params", "parameters", ","),
+    Column("optimizer", "optimizer"),
+    Column("kernel", "kernel"),
+    Column("threads", "threads", "d"),
+    Column("ns_per_param", "ns/param", ".2f"),
+    Column("speedup", "speed-up", ".2f"),
+)
 UNROLL_COLUMNS = (
     Column("estimator", "estimator"),
     Column("engine", "engine"),
@@ -54,12 +63,14 @@ class Measured:
     Args:
         steps: rows of `measure_steps`, of all models.
         shares: rows of the same.
+        threads: rows of `measure_threads`.
         unrolls: rows of `measure_unrolls`.
         spread: the largest of any model.
     """
 
     steps: list[Row]
     shares: list[Row]
+    threads: list[Row]
     unrolls: list[Row]
     spread: float
 
@@ -69,6 +80,7 @@ class Measured:
         parts = [
             Part("One step", STEP_COLUMNS, self.steps),
             Part("Share of a training iteration", SHARE_COLUMNS, self.shares),
+            Part("Threads", THREAD_COLUMNS, self.threads),
             Part("Meta-training", UNROLL_COLUMNS, self.unrolls),
         ]
         return [part for part in parts if part.rows]
@@ -82,6 +94,8 @@ class Measured:
         """Return in a few sentences what came out."""
         ours = [row for row in self.steps if (row["model"], row["optimizer"]) == (self.largest, "hrnn")]
         costs = ", ".join(f"{row['ratio_to_adam_fused']:.1f} with the kernel {row['kernel']}" for row in ours)
+        kernel = ours[-1]["kernel"]  # the last is the fastest
+        cost = [row["ns_per_param"] for row in self.steps if (row["optimizer"], row["kernel"]) == ("hrnn", kernel)]
         fastest = max(
             (row for row in self.unrolls if row["estimator"] == "truncated_backprop"),
             key=lambda row: row["task_param_steps_per_s"],
@@ -89,6 +103,7 @@ class Measured:
         strategy = max(row["ratio_to_eager"] for row in self.unrolls if row["estimator"] == "pes")
         return (
             f"On {self.largest} a step takes this many times as long as one of fused Adam: {costs}. "
+            f"Over all models a parameter takes {min(cost):.1f} to {max(cost):.1f} ns with {kernel}. "
             f"Meta-training by truncated backprop is {fastest['ratio_to_eager']:.1f} times as fast with the engine "
             f"{fastest['engine']} as with eager, by evolution strategies {strategy:.1f} times. Numbers are "
             f"medians of rounds in which all took turns; half of the rounds lie within {self.spread:.0%} of the median "

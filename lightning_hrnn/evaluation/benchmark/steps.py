@@ -127,12 +127,7 @@ def measure_steps(
         shortest: see `interleave`.
         tick: see `interleave`.
     """
-    generator = torch.Generator().manual_seed(0)
-    params: list[Tensor] = []
-    for shape in model.shapes:
-        param = nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device))
-        param.grad = (1e-3 * torch.randn(shape, generator=generator)).to(device)
-        params.append(param)
+    params = made_params(model, device)
     optimizers = {variant.name: variant.build(params) for variant in compared}
     calls: dict[str, Callable[[], object]] = {name: optimizer.step for name, optimizer in optimizers.items()}
     iterations = _fitting(iterations, model.module)
@@ -151,6 +146,17 @@ def measure_steps(
         for variant in compared
     ]
     return StepRows(steps, shares, max(timings.spread(variant.name, BASE) for variant in compared))
+
+
+def made_params(model: Model, device: torch.device) -> list[Tensor]:
+    """Draw parameters and gradients of a model's shapes, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    params: list[Tensor] = []
+    for shape in model.shapes:
+        param = nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device))
+        param.grad = (1e-3 * torch.randn(shape, generator=generator)).to(device)
+        params.append(param)
+    return params
 
 
 def _place(variant: Variant, model: Model, device: torch.device) -> Row:
