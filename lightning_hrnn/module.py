@@ -17,17 +17,19 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
+from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_hrnn.evaluation.suites import Outcome
 from lightning_hrnn.meta.estimators import PES, TruncatedBackprop, Window
+from lightning_hrnn.meta.evolution import RateEvolution
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
 from lightning_hrnn.meta.unroll import Point
 from lightning_hrnn.optimizer.config import RuleConfig
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
+from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN, ParamLevelEngine
 from lightning_hrnn.optimizer.kernels import choose_engine
 from lightning_hrnn.optimizer.pretrained import load_pretrained, save_pretrained
 from lightning_hrnn.version import __version__
@@ -53,7 +55,8 @@ class MetaLearner(LightningModule):
         scored_point: where it is taken: at the parameters themselves (`"last"`), at their trailing average
             (`"average"`), which does not pay the rule for settling early but lets it rush, or at `"both"`.
         cooling: share of the task batches whose learned rates cool down over the last half of their lives.
-        estimator: of the meta-gradient: `TruncatedBackprop` (the default) or `PES`.
+        estimator: of the meta-gradient: `TruncatedBackprop` (the default), `PES`, or `RateEvolution`, whose windows are
+            whole runs.
         learning_rate: of the meta-optimizer, Adam.
         warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
         averaging: decay of the weight average that is validated and exported.
@@ -79,7 +82,7 @@ class MetaLearner(LightningModule):
         loss: LogRatio | None = None,
         scored_point: Point = "last",
         cooling: float = 0.5,
-        estimator: TruncatedBackprop | PES | None = None,
+        estimator: TruncatedBackprop | PES | RateEvolution | None = None,
         learning_rate: float = 1e-3,
         warmup_steps: int = 50,
         averaging: float = 0.98,
@@ -264,8 +267,12 @@ def _starting_rule(preset: str, changes: dict[str, Any], weights: str | None) ->
         return loaded.train()
     rule = HierarchicalRNN(replace(loaded.config, **changes))
     rule.card = loaded.card
+    values = loaded.state_dict()
+    if isinstance(rule.rate, BoundedRate) and isinstance(loaded.rate, BoundedRate):
+        more = len(rule.rate.drift) - len(loaded.rate.drift)  # drift inputs, which begin without a say
+        values["rate.drift"] = functional.pad(loaded.rate.drift, (0, 0, 0, max(0, more)))
     try:
-        rule.load_state_dict(loaded.state_dict())
+        rule.load_state_dict(values)
     except RuntimeError as error:
         raise ValueError(
             f"rule_changes {sorted(changes)} need other meta-parameters than the weights {weights!r} have: change "

@@ -27,6 +27,10 @@ RULES = {
     "summary": ("summary", {}),
     "other sizes": ("default", {"param_hidden": 3, "tensor_hidden": 4, "global_hidden": 2, "timescales": 3}),
     "a short horizon": ("default", {"drift_horizon": 3, "drift_fall": 0.1}),
+    "rates by size": (
+        "default",
+        {"drift_inputs": ("tensor", "means", "global"), "size_exponent": 0.6, "size_bound": 0.02},
+    ),
     "fewer features": ("default", {"features": ("scaled_gradient", "relative_rate"), "tensor_features": ()}),
 }
 
@@ -158,6 +162,7 @@ class Equations:
             if self.config.tensor_features:
                 relative = min(max(log_rate - math.log(rms + 1e-12), -12.0), 4.0) / 4
                 tensor["x"] = np.append(tensor["x"], relative)
+            tensor["size"] = math.sqrt(rms**2 + self.config.size_floor**2)
         self.step_above()
         return [[value for index, value in updates if index == r] for r in range(len(self.config.readouts))]
 
@@ -166,10 +171,15 @@ class Equations:
         for tensor in self.tensors:
             tensor["t"] = self.gru("tensor_rnn", tensor["x"], tensor["t"], w["global_to_tensor"] @ self.u)
             if config.rate == "bounded":
-                direction = math.tanh(w["rate.drift"][0] @ tensor["t"] + w["rate.drift_bias"][0])
+                seen = {"tensor": tensor["t"], "means": tensor["x"], "global": self.u}
+                seen = np.clip(np.concatenate([seen[name] for name in config.drift_inputs]), -5.0, 5.0)
+                direction = math.tanh(w["rate.drift"][:, 0] @ seen + w["rate.drift_bias"][0])
                 rise = config.drift_rise if tensor["age"] < config.drift_horizon else 0.0
                 power = rise if direction > 0 else config.drift_fall
                 tensor["l"] += power / (config.drift_delay + tensor["age"]) * direction
+                if tensor["age"] == 0:
+                    tensor["l"] += config.size_exponent * math.log(tensor["size"] / config.size_floor)
+                tensor["l"] = min(tensor["l"], math.log(config.size_bound * tensor["size"]))
                 tensor["l"] = min(max(tensor["l"], -33.0), 33.0)
             else:
                 for param in tensor["params"]:
@@ -325,6 +335,23 @@ def test_every_feature_matters(feature):
         rule.param_rnn.gate_weight[:, start] = 0
         rule.param_rnn.candidate_weight[:, start] = 0
     assert (roll(rule, grads, rates).update - expected).abs().max() > 1e-6 * expected.abs().max()
+
+
+def test_a_rate_begins_with_the_size_of_its_tensor_and_never_outgrows_it():
+    rule = HierarchicalRNN(RuleConfig(size_exponent=0.5, size_floor=0.1, size_bound=0.05))
+    layout, rms = Layout.of([4, 4, 4]), torch.tensor([0.0, 1.0, 1.0])
+    with torch.no_grad():
+        rule.rate.drift_bias.fill_(0.0)
+        state = rule(torch.ones(12), rms, rule.init(layout, torch.tensor([-7.0, -7.0, -1.0])), layout).state
+        assert state.log_rate[:2].tolist() == pytest.approx([-7.0, -7.0 + 0.25 * math.log(101)])
+        rule.rate.drift_bias.fill_(5.0)
+        for _ in range(200):
+            state = rule(torch.ones(12), rms, state, layout).state
+    limits = 0.05 * (rms.square() + 0.01).sqrt()
+    torch.testing.assert_close(state.log_rate.exp(), limits)
+    still = rule.without_rate()
+    state = still(torch.ones(12), rms, still.init(layout, 0.0), layout).state
+    assert state.log_rate.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_past_the_horizon_a_rate_falls_but_does_not_rise():

@@ -149,7 +149,7 @@ class Trial:
         at_once = max(1, min(len(RATES), FLOATS_AT_ONCE // size))
         for first in range(0, len(RATES), at_once):
             part = RATES[first : first + at_once]
-            population = Population([repeated(self._tuning_tasks(), len(part))])
+            population = Population([self._tuning_tasks().repeat(len(part))])
             rates = torch.tensor(part, device=setting.device).repeat_interleave(tasks.count)
             share = len(part) / len(RATES) / setting.steps
             losses = runner(
@@ -217,16 +217,6 @@ class Trial:
 def first_rate(rule: HierarchicalRNN) -> float:
     """Return the first learned rate that the weights' card asks for."""
     return float(rule.card.get("initial_rate", FIRST_RATE))
-
-
-def repeated(tasks: TaskBatch, copies: int) -> TaskBatch:
-    """Lay copies of all instances after each other: first copy of all, second copy of all, ..."""
-
-    def repeat(value: Tensor) -> Tensor:
-        return value.repeat(copies, *[1] * (value.dim() - 1))
-
-    data = {key: repeat(value) for key, value in tasks.data.items()}
-    return TaskBatch(tasks.family, [repeat(value) for value in tasks.params], data, tasks.generator)
 
 
 def _rates(rule: HierarchicalRNN, population: Population, progress: Progress) -> list[float]:

@@ -97,17 +97,7 @@ def _tuned_adam(name: str, steps: int, device: str) -> Tensor:
     """Return the losses of Adam at the constant rate that is best on average over the scored steps. [N, B]"""
     tasks = TaskBatch.draw(VALIDATION_NETS[name](), INSTANCES, SEED, device)
     rates = torch.tensor(LR_GRID, device=device).repeat_interleave(INSTANCES)
-    copies = [len(LR_GRID)]
-    population = Population(
-        [
-            TaskBatch(
-                tasks.family,
-                [value.repeat(*copies, *[1] * (value.dim() - 1)) for value in tasks.params],
-                {key: value.repeat(*copies, *[1] * (value.dim() - 1)) for key, value in tasks.data.items()},
-                tasks.generator,
-            )
-        ]
-    )
+    population = Population([tasks.repeat(len(LR_GRID))])
     losses = train(Adam(), population, rates, steps, ValidationRun(name, steps).scored())
     by_rate = losses.view(len(losses), len(LR_GRID), INSTANCES)
     best = by_rate.nan_to_num(math.inf).log().mean((0, 2)).argmin()

@@ -93,9 +93,7 @@ class TruncatedBackprop:
         )
         scores = window.loss(result.losses, pool.initial_losses())
         pool.advance(population, result.progress, window.steps)
-        # DDP wants every meta-parameter in the graph; a window in which no task begins has no use for initial states.
-        everything = 0.0 * sum(value.sum() for value in rule.parameters())
-        return Estimate(scores.mean() + everything, population.by_batch(scores.detach()))
+        return Estimate(scores.mean() + _in_the_graph(rule), population.by_batch(scores.detach()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: all that lasts is the pool's."""
@@ -156,7 +154,7 @@ class PES:
                 scores[place.seed] = (high + low) / 2
         ordered = [scores[place.seed] for place in places]
         value = torch.stack([score.mean() for score in ordered]).mean()
-        return Estimate(_surrogate(rule, estimate, value), ordered)
+        return Estimate(surrogate(rule, list(rule.parameters()), estimate, value), ordered)
 
     def _draw(self, like: Tensor, index: int, pair: int) -> Tensor:  # [W]
         seed = hash((self.seed, index, pair)) & (2**62 - 1)
@@ -228,7 +226,19 @@ class _Twin:
 
 
 @torch.enable_grad()
-def _surrogate(rule: HierarchicalRNN, estimate: Tensor, value: Tensor) -> Tensor:
-    """Return a scalar of a given value whose gradient with respect to the meta-parameters is the estimate."""
-    linear = parameters_to_vector(rule.parameters()) @ estimate
+def surrogate(rule: HierarchicalRNN, moved: Sequence[Tensor], estimate: Tensor, value: Tensor) -> Tensor:
+    """Return a scalar of a given value whose gradient with respect to some meta-parameters is the estimate.
+
+    Args:
+        rule: whose other meta-parameters get a gradient of zero.
+        moved: the meta-parameters.
+        estimate: of all their entries, end to end.
+        value: of the scalar.
+    """
+    linear = parameters_to_vector(moved) @ estimate + _in_the_graph(rule)
     return value + linear - linear.detach()
+
+
+def _in_the_graph(rule: HierarchicalRNN) -> Tensor:
+    """Return zero, with every meta-parameter in its graph: DDP wants them all, and not every window uses all."""
+    return 0.0 * parameters_to_vector(rule.parameters()).sum()

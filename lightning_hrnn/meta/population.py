@@ -45,6 +45,15 @@ class TaskBatch:
         params, data = family.init(count, generator)
         return cls(family, [value.contiguous() for value in params], data, generator)
 
+    def repeat(self, times: int) -> TaskBatch:
+        """Return the instances several times over, one after the other, with the same source of minibatches."""
+
+        def repeated(value: Tensor) -> Tensor:
+            return value.repeat(times, *[1] * (value.dim() - 1))
+
+        data = {key: repeated(value) for key, value in self.data.items()}
+        return TaskBatch(self.family, [repeated(value) for value in self.params], data, self.generator)
+
     @property
     def count(self) -> int:
         """Number of instances, `B`."""

@@ -12,6 +12,16 @@ DIRECTIONS = ("gated", "additive")
 RATES = ("bounded", "smoothed")
 READOUTS = ("direction", "attention")
 TENSOR_FEATURES = ("relative_update",)
+DRIFT_INPUTS = ("tensor", "means", "global")
+POSITIVE = (
+    "drift_rise",
+    "drift_fall",
+    "drift_delay",
+    "drift_horizon",
+    "size_floor",
+    "size_bound",
+    "momentary_bound",
+)
 
 
 @dataclass(frozen=True)
@@ -28,11 +38,18 @@ class RuleConfig:
         direction: how the direction is read out, `"gated"` or `"additive"`.
         rate: how the log rate moves, `"bounded"` or `"smoothed"`.
         readouts: `("direction",)`, or with `"attention"` a second direction that says where to take the next gradient.
+        drift_inputs: `"bounded"` only: what the drift of a rate is read from: the state of the tensor RNN (`"tensor"`),
+            also the means that this RNN sees (`"means"`), and the state of the global RNN (`"global"`).
         drift_rise: `"bounded"` only: a tensor's rate rises at most like this power of the number of steps.
         drift_fall: `"bounded"` only: it falls at most like this power.
         drift_delay: `"bounded"` only: steps before these power laws set in.
         drift_horizon: `"bounded"` only: steps after which a rate may fall but no longer rise; the length of the longest
             runs that the rule was meta-trained on is a safe choice.
+        size_exponent: `"bounded"` only: after a tensor's first step its rate is multiplied by this power of the
+            tensor's size, counted in size floors; 0 begins all tensors at one rate.
+        size_floor: `"bounded"` only: a tensor's size is the root mean square of its parameters, and not less than about
+            this.
+        size_bound: `"bounded"` only: a rate is at most this share of the tensor's size.
         momentary_bound: `"bounded"` only: a parameter's rate departs from its tensor's at most by this log factor.
 
     Raises:
@@ -48,29 +65,38 @@ class RuleConfig:
     direction: str = "gated"
     rate: str = "bounded"
     readouts: tuple[str, ...] = ("direction",)
+    drift_inputs: tuple[str, ...] = ("tensor",)
     drift_rise: float = 2.0
     drift_fall: float = 0.5
     drift_delay: float = 20.0
     drift_horizon: float = 1e9
+    size_exponent: float = 0.0
+    size_floor: float = 0.03
+    size_bound: float = 1e9
     momentary_bound: float = 2.0
 
     def __post_init__(self) -> None:
-        for field in ("features", "tensor_features", "readouts"):
+        for field in ("features", "tensor_features", "readouts", "drift_inputs"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
-        for field in ("drift_rise", "drift_fall", "drift_delay", "drift_horizon", "momentary_bound"):
+        for field in POSITIVE:
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} must be positive and finite, not {getattr(self, field)}.")
         for field, known in (
             ("features", tuple(FEATURES)),
             ("tensor_features", TENSOR_FEATURES),
             ("readouts", READOUTS),
+            ("drift_inputs", DRIFT_INPUTS),
         ):
             unknown = [name for name in getattr(self, field) if name not in known]
             if unknown:
                 raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
+        if not 0 <= self.size_exponent <= 1:
+            raise ValueError(f"size_exponent must be from 0 to 1, not {self.size_exponent}.")
+        if self.drift_inputs[:1] != ("tensor",):
+            raise ValueError("The drift of a rate needs the input 'tensor' first.")
         if self.readouts[:1] != ("direction",) or not self.features:
             raise ValueError("A rule needs the readout 'direction' first and at least one feature.")
         for field, choices in (("direction", DIRECTIONS), ("rate", RATES)):

@@ -37,6 +37,7 @@ GATE_BIAS = 2.2
 RMS_FLOOR = 1e-20
 PARAM_RMS_FLOOR = 1e-12
 LOG_RATE_RANGE = 33.0
+INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
 
 
@@ -166,28 +167,31 @@ class AdditiveDirection(nn.Module):
 class BoundedRate(nn.Module):
     """Move one log rate a tensor, slowly, and let each parameter depart from it for the moment.
 
-    The tensor's log rate drifts with what the tensor RNN says; the momentary factor is a function of the param RNN's
-    present state and leaves no trace::
+    The tensor's log rate drifts with what the levels above the parameters say; the momentary factor is a function of
+    the param RNN's present state and leaves no trace::
 
         a = A tanh((w . h + b) / A)                       momentary, of each parameter
-        l <- l + p / (d + t) tanh(w' . t_h + b')          drift, of each tensor
+        l <- l + p / (d + n) tanh(w' . s + b')            drift, of each tensor
+        l <- min(l, log(B size))                          size = sqrt(param_rms**2 + floor**2)
 
-    with `t` the number of steps taken, `d` the delay, and `p` one power where the rate rises and another where it
-    falls. The bounds up to step `t` add up to `p log(1 + t/d)`: a rate rises or falls at most like a power of time.
-    Rules meta-trained on short windows like to anneal by orders of magnitude within hundreds of steps (short-horizon
-    bias, arXiv 1803.02021); here they cannot fall faster than `t ** -drift_fall`, a schedule that is safe at any age,
-    and what they lost they can win back sooner. After `drift_horizon` steps, of which the rule may know nothing, a rate
-    no longer rises.
+    with `s` what `drift_inputs` names, `n` the number of steps taken, `d` the delay, and `p` one power where the rate
+    rises and another where it falls. The bounds up to step `n` add up to `p log(1 + n/d)`: a rate rises or falls at
+    most like a power of time, a schedule that is safe at any age, and never outgrows its tensor. After
+    `drift_horizon` steps, of which the rule may know nothing, a rate no longer rises.
+
+    A first rate is that of a tensor of zeros; after the first step it is multiplied by `(size / floor) **
+    size_exponent`, because larger parameters bear larger steps.
     """
 
-    def __init__(self, config: RuleConfig) -> None:
+    def __init__(self, config: RuleConfig, inputs: int) -> None:
         super().__init__()
         self.rise, self.fall, self.delay = config.drift_rise, config.drift_fall, config.drift_delay
         self.horizon = config.drift_horizon
+        self.exponent, self.floor, self.size_bound = config.size_exponent, config.size_floor, config.size_bound
         self.bound = config.momentary_bound
         self.momentary = nn.Parameter(torch.zeros(1, config.param_hidden))
         self.momentary_bias = nn.Parameter(torch.zeros(1))
-        self.drift = nn.Parameter(torch.zeros(1, config.tensor_hidden))
+        self.drift = nn.Parameter(torch.zeros(inputs, 1))  # or [inputs, T], where tensors try different ones
         self.drift_bias = nn.Parameter(torch.zeros(1))
 
     def factor(self, hidden: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -195,12 +199,26 @@ class BoundedRate(nn.Module):
         raw = (self.momentary @ hidden)[0] + self.momentary_bias
         return (self.bound * torch.tanh(raw / self.bound)).exp(), None
 
-    def drifted(self, state: RuleState, tensor_hidden: Tensor) -> Tensor:
-        """Return each tensor's log rate after the step. [T]"""
-        direction = torch.tanh((self.drift @ tensor_hidden)[0] + self.drift_bias)
+    def drifted(self, state: RuleState, seen: Tensor, param_rms: Tensor) -> Tensor:
+        """Return each tensor's log rate after the step. [T]
+
+        Args:
+            state: before the step.
+            seen: what `drift_inputs` names. [inputs, T]
+            param_rms: root mean square of each parameter tensor; taken as constant. [T]
+        """
+        log_size = 0.5 * (param_rms.detach().square() + self.floor**2).log()
+        first = torch.where(state.age == 0, self.exponent * (log_size - math.log(self.floor)), 0.0)
+        direction = torch.tanh((self.drift * seen).sum(0) + self.drift_bias)
         power = torch.where(direction > 0, self.rise * (state.age < self.horizon), self.fall)
-        log_rate = state.log_rate + power / (self.delay + state.age) * direction
-        return log_rate.clamp(-LOG_RATE_RANGE, LOG_RATE_RANGE)
+        log_rate = state.log_rate + first + power / (self.delay + state.age) * direction
+        return log_rate.minimum(log_size + math.log(self.size_bound)).clamp(-LOG_RATE_RANGE, LOG_RATE_RANGE)
+
+    def stand_still(self) -> None:
+        """Leave log rates where they are put, and let no parameter depart from them."""
+        self.exponent, self.size_bound = 0.0, math.inf
+        for value in self.parameters():
+            value.zero_()
 
 
 class SmoothedRate(nn.Module):
@@ -223,6 +241,11 @@ class SmoothedRate(nn.Module):
         moved = log_rate + (self.weight @ hidden)[0] + self.bias
         change = moved + (moved.clamp(-LOG_RATE_RANGE, LOG_RATE_RANGE) - moved).detach() - log_rate
         return (change + self.offset).exp(), log_rate + (1 - self.smoothing.sigmoid()) * change
+
+    def stand_still(self) -> None:
+        """Leave log rates where they are put."""
+        for value in (self.weight, self.bias, self.offset):
+            value.zero_()
 
 
 class HierarchicalRNN(nn.Module):
@@ -264,15 +287,15 @@ class HierarchicalRNN(nn.Module):
         self.directions = nn.ModuleDict({name: direction(config) for name in config.readouts})
         for name in config.readouts[1:]:  # attention starts equal to the update
             self.directions[name].load_state_dict(self.directions["direction"].state_dict())
-        self.rate = BoundedRate(config) if config.rate == "bounded" else SmoothedRate(config)
+        widths = {"tensor": h1, "means": tensor_inputs, "global": h2}
+        drift_inputs = sum(widths[name] for name in config.drift_inputs)
+        self.rate = BoundedRate(config, drift_inputs) if config.rate == "bounded" else SmoothedRate(config)
 
     def without_rate(self) -> HierarchicalRNN:
         """Return a copy that leaves log rates where they are put: it supplies direction and timescales alone."""
         copy = deepcopy(self)
         with torch.no_grad():
-            for name in ("momentary", "momentary_bias", "drift", "drift_bias", "weight", "bias", "offset"):
-                if hasattr(copy.rate, name):
-                    getattr(copy.rate, name).zero_()
+            copy.rate.stand_still()
         return copy
 
     @property
@@ -390,7 +413,9 @@ class HierarchicalRNN(nn.Module):
         tensor_hidden = self.tensor_rnn(x, state.tensor_hidden, bias)
         log_rate = state.log_rate if param.log_rate is None else param.log_rate
         if isinstance(self.rate, BoundedRate):
-            log_rate = self.rate.drifted(state, tensor_hidden)
+            seen = {"tensor": tensor_hidden, "means": x, "global": layout.to_tensors(state.global_hidden)}
+            inputs = torch.cat([seen[name] for name in self.config.drift_inputs]).clamp(-INPUT_RANGE, INPUT_RANGE)
+            log_rate = self.rate.drifted(state, inputs, param_rms)
         return RuleState(
             hidden=param.hidden,
             average=param.average,

@@ -1,0 +1,125 @@
+"""Evolution strategies over whole runs for the few meta-parameters that move the learned rates.
+
+Backprop through windows teaches a rule good directions, but it sees rates through a window: it cannot know what a rate
+of today does to the loss in a thousand steps. Evolution sees whole runs and nothing but their ends. It needs few
+meta-parameters, since the variance of its estimate grows with their number; here it moves the readout of the drift
+alone, and because that belongs to the tensor level, every instance of every task tries a perturbation of its own at
+the cost of one plain run.
+
+Legend: `D` meta-parameters of the drift with its bias, `B` instances of a task batch, `M` models, `T` tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hrnn.meta.estimators import Estimate, Window, surrogate
+from lightning_hrnn.meta.population import Population
+from lightning_hrnn.meta.truncation import TaskPool, schedule_of
+from lightning_hrnn.meta.unroll import begin, unroll
+from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
+
+LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken
+
+
+class RateEvolution:
+    """Perturb the drift of the learned rates, and weigh perturbations by the losses at the end of whole runs.
+
+    Each window is one run of every task of the pool, from its start. Each instance runs twice, with a perturbation `e`
+    and with `-e`; the estimate is the mean of `e (L+ - L-) / (2 sigma)` for `e ~ N(0, 1)`, with differences clipped, so
+    that a task that diverges says which way not to go and no more. All other meta-parameters stay as they are.
+
+    Args:
+        sigma: standard deviation of a perturbation.
+        shares: of the window, which runs last by turns: short ones, long ones.
+        clip: largest difference of two meta-losses that counts.
+        seed: of the perturbations.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Reference:
+        Salimans et al., Evolution Strategies as a Scalable Alternative to Reinforcement Learning, 2017,
+        https://arxiv.org/abs/1703.03864; antithetic pairs and clipped differences make it rank-like.
+    """
+
+    def __init__(
+        self, sigma: float = 0.06, shares: Sequence[float] = (0.2, 0.5, 1.0), clip: float = 1.0, seed: int = 0
+    ) -> None:
+        if sigma <= 0 or clip <= 0:
+            raise ValueError(f"sigma and clip must be positive, not {sigma} and {clip}.")
+        if not shares or not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"shares of the window must be above 0 and at most 1, not {list(shares)}.")
+        self.sigma, self.shares, self.clip, self.seed = sigma, tuple(shares), clip, seed
+
+    @torch.no_grad()
+    def __call__(self, rule: HierarchicalRNN, pool: TaskPool, window: Window) -> Estimate:
+        """Run every task of the pool from its start to its end, both ways."""
+        if not isinstance(rule.rate, BoundedRate):
+            raise ValueError("RateEvolution moves the drift of bounded rates: this rule's rates are 'smoothed'.")
+        length = max(1, round(window.steps * self.shares[window.index % len(self.shares)]))
+        places = [replace(place, tasks=place.tasks.repeat(2), life=length) for place in pool]
+        population = Population([place.tasks for place in places])
+        generator = torch.Generator(rule.rate.drift.device).manual_seed(hash((self.seed, window.index)) & (2**62 - 1))
+        noises = [self._draw(rule.rate, place.tasks.count, generator) for place in pool]
+        probe = perturbed(rule, population, self.sigma * torch.cat([torch.cat([e, -e], 1) for e in noises], 1))
+        losses = unroll(
+            probe,
+            population,
+            begin(probe, population, population.layout.to_tensors(_first_log_rates(pool))),
+            length,
+            {max(0, length - 1 - before) for before in LAST_STEPS},
+            window.engine,
+            schedule=schedule_of(places, population),
+        ).losses
+        initial = torch.cat([place.initial_loss.repeat(2) for place in places])
+        scores = population.by_batch(window.loss(losses, initial).mean(0))
+        estimate = torch.zeros(len(noises[0]), device=losses.device)
+        for noise, score in zip(noises, scores, strict=True):
+            plus, minus = score.chunk(2)
+            estimate += (noise * (plus - minus).clamp(-self.clip, self.clip)).mean(1) / (2 * self.sigma * len(noises))
+        for place in pool:
+            place.age = place.life  # this run was its whole life
+        value = torch.stack([score.mean() for score in scores]).mean()
+        moved = [rule.rate.drift, rule.rate.drift_bias]
+        return Estimate(surrogate(rule, moved, estimate, value), [score[None] for score in scores])
+
+    def _draw(self, rate: BoundedRate, count: int, generator: torch.Generator) -> Tensor:  # [D, B]
+        like = rate.drift
+        return torch.randn(len(like) + 1, count, generator=generator, device=like.device, dtype=like.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: no run outlasts its window."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on nothing."""
+
+
+def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> HierarchicalRNN:
+    """Return a copy of the rule whose rates drift by other meta-parameters in each model.
+
+    Args:
+        rule: with bounded rates.
+        population: of models.
+        noise: what to add to the weights and the bias of the drift. [D, M]
+    """
+    probe = deepcopy(rule)
+    assert isinstance(probe.rate, BoundedRate)
+    of_tensors = population.layout.to_tensors(noise)  # [D, T]
+    probe.rate.drift = nn.Parameter(probe.rate.drift + of_tensors[:-1], requires_grad=False)
+    probe.rate.drift_bias = nn.Parameter(probe.rate.drift_bias + of_tensors[-1], requires_grad=False)
+    return probe
+
+
+def _first_log_rates(pool: TaskPool) -> Tensor:
+    """Return the first log rate of each model of the pool, twice for each batch. [M]"""
+    return torch.cat(
+        [Population([place.tasks]).layout.mean_per_model(place.progress.state.log_rate).repeat(2) for place in pool]
+    )

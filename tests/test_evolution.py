@@ -1,0 +1,158 @@
+"""`RateEvolution`: evolution strategies over whole runs for what moves the learned rates."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_hrnn.datamodule import TaskDataModule
+from lightning_hrnn.meta.estimators import TruncatedBackprop, Window
+from lightning_hrnn.meta.evolution import LAST_STEPS, RateEvolution, perturbed
+from lightning_hrnn.meta.loss import LogRatio
+from lightning_hrnn.meta.population import Population, TaskBatch
+from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
+from lightning_hrnn.meta.unroll import begin, unroll
+from lightning_hrnn.module import MetaLearner
+from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.pretrained import save_pretrained
+from lightning_hrnn.tasks.registry import get_family
+
+STEPS = 12
+SMALL = RuleConfig(
+    param_hidden=2, tensor_hidden=2, global_hidden=2, timescales=2, drift_inputs=("tensor", "means", "global")
+)
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_rule(config: RuleConfig = SMALL) -> HierarchicalRNN:
+    torch.manual_seed(0)
+    rule = HierarchicalRNN(config)
+    with torch.no_grad():
+        rule.rate.drift.normal_(0, 0.3)
+    return rule
+
+
+def make_pool(rule: HierarchicalRNN, instances: int, places: int = 2) -> TaskPool:
+    pool = TaskPool(places, Lives(STEPS, STEPS, STEPS, 1), rates=(1e-2, 1e-2))
+    pool.refill(TaskStream(get_family("random-bowl", random.Random(4)), instances, 0), rule, 0, "cpu")
+    return pool
+
+
+def gradients(rule: HierarchicalRNN) -> tuple[Tensor, Tensor]:
+    """Return those of the drift, and those of everything else."""
+    moved = {"rate.drift", "rate.drift_bias"}
+    rest = [value.grad.reshape(-1) for name, value in rule.named_parameters() if name not in moved]
+    return torch.cat([rule.rate.drift.grad[:, 0], rule.rate.drift_bias.grad]), torch.cat(rest)
+
+
+def test_it_agrees_with_backprop_through_whole_runs_on_average(double_precision: None) -> None:
+    rule, loss = make_rule(), LogRatio()
+    scored = {STEPS - 1 - before for before in LAST_STEPS}
+    exact = TruncatedBackprop(second_order=True)(rule, make_pool(rule, 4), Window(STEPS, scored, loss))
+    exact.surrogate.backward()
+    expected, _ = gradients(rule)
+    drawn = []
+    for index in range(100):
+        rule.zero_grad()
+        pool = make_pool(rule, 4)
+        estimate = RateEvolution(sigma=1e-3, shares=[1.0])(rule, pool, Window(STEPS, {0}, loss, index=index))
+        estimate.surrogate.backward()
+        moved, rest = gradients(rule)
+        assert not rest.any()  # directions and timescales stay as they are
+        assert [place.age for place in pool] == [STEPS, STEPS]  # the next window draws new tasks
+        drawn.append(moved)
+    mean = torch.stack(drawn).mean(0)
+    assert torch.cosine_similarity(mean, expected, dim=0) > 0.9
+    assert float(mean.norm()) == pytest.approx(float(expected.norm()), rel=0.2)
+    assert float(estimate.surrogate.detach()) == pytest.approx(float(exact.surrogate.detach()), rel=1e-2)
+
+
+def test_every_model_drifts_by_its_own_perturbation() -> None:
+    rule = make_rule()
+    population = Population([TaskBatch.draw(get_family("mlp", random.Random(0)), 3, 0)])
+    noise = torch.zeros(len(rule.rate.drift) + 1, 3)
+    noise[-1, 1] = 2.0  # only the second one's bias
+
+    def rates(probe: HierarchicalRNN) -> Tensor:
+        with torch.no_grad():
+            start = begin(probe, population, -5.0)
+            state = unroll(probe, population, start, 5, set()).progress.state
+        return population.layout.mean_per_model(state.log_rate)
+
+    before, after = rates(rule), rates(perturbed(rule, population, noise))
+    assert (after - before > 0.1).tolist() == [False, True, False]
+    assert len(rule.rate.drift_bias) == 1  # the rule itself is left alone
+
+
+def test_a_share_of_the_window_is_a_whole_run_that_cools_down() -> None:
+    rule = make_rule()
+    pool = make_pool(rule, 2)
+    pool.places = [replace(place, cools=True) for place in pool]
+    theta = [place.progress.theta.clone() for place in pool]
+    short = RateEvolution(shares=[0.5, 1.0])
+    scores = {index: short(rule, make_pool(rule, 2), Window(STEPS, {0}, LogRatio(), index=index)) for index in (0, 1)}
+    assert float(scores[0].surrogate.detach()) > float(scores[1].surrogate.detach())  # half the steps get less far
+    short(rule, pool, Window(STEPS, {0}, LogRatio()))
+    assert all(torch.equal(a, place.progress.theta) for a, place in zip(theta, pool, strict=True))
+
+
+def test_it_moves_only_the_drift_in_a_trainer_and_starts_from_narrower_weights(tmp_path) -> None:
+    narrow = make_rule(replace(SMALL, drift_inputs=("tensor",)))
+    path = save_pretrained(narrow, tmp_path / "narrow.safetensors", {"initial_rate": 1e-3, "meta_steps": 0})
+    learner = MetaLearner(
+        weights=str(path),
+        rule_changes={"drift_inputs": ["tensor", "means", "global"], "size_exponent": 0.5},
+        places=2,
+        window=10,
+        scored_steps=1,
+        lives=Lives(10, 10, 10, 1),
+        rates=(1e-3, 1e-3),
+        estimator=RateEvolution(),
+        warmup_steps=1,
+    )
+    start = {name: value.detach().clone() for name, value in learner.rule.named_parameters()}
+    tensors = len(narrow.rate.drift)
+    assert torch.equal(start["rate.drift"][:tensors], narrow.rate.drift)
+    assert not start["rate.drift"][tensors:].any()
+    Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=tmp_path,
+    ).fit(learner, TaskDataModule("quick", instances=2, epoch_steps=3))
+    moved = [name for name, value in learner.rule.named_parameters() if not torch.equal(value, start[name])]
+    assert moved == ["rate.drift", "rate.drift_bias"]
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="sigma and clip must be positive"):
+        RateEvolution(sigma=0.0)
+    with pytest.raises(ValueError, match="shares of the window"):
+        RateEvolution(shares=[])
+    with pytest.raises(ValueError, match="shares of the window"):
+        RateEvolution(shares=[1.5])
+    rule = HierarchicalRNN(RuleConfig.preset("paper"))
+    pool = TaskPool(1, Lives(5, 5, 5, 1), rates=(1e-3, 1e-3))
+    with pytest.raises(ValueError, match="this rule's rates are 'smoothed'"):
+        RateEvolution()(rule, pool, Window(5, {4}, LogRatio()))
+    with pytest.raises(ValueError, match="size_exponent must be from 0 to 1"):
+        RuleConfig(size_exponent=2.0)
+    with pytest.raises(ValueError, match="the input 'tensor' first"):
+        RuleConfig(drift_inputs=("means",))
