@@ -108,7 +108,7 @@ def _moved(placement: Placement, by: int) -> Placement:
 def _are_finite(values: list[Tensor], wait: bool) -> Tensor:
     """Return whether all of some tensors are finite."""
     if wait and values[0].device.type == "cpu":  # where a sum takes a tenth of the time that a norm does
-        sums = torch.stack([value.sum().isfinite() for value in values]).all()
+        sums = torch.stack([value.sum() for value in values]).isfinite().all()
         if sums:  # no sum over what is not finite is; one over what is may overflow
             return sums
     return torch.stack([norm.isfinite() for norm in torch._foreach_norm(values, math.inf)]).all()
