@@ -19,7 +19,7 @@ from lightning_hrnn.cli.errors import explain, reporting_errors
 from lightning_hrnn.cli.every_run import leave_process_group
 from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.run_report import panels_of
-from lightning_hrnn.evaluation.runs import read_curves
+from lightning_hrnn.evaluation.runs import optimizer_of, read_curves
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, WEIGHTS_FOLDER, WeightsError
 from lightning_hrnn.version import __version__
 from lightning_hrnn.vision import FashionMNISTData
@@ -261,6 +261,7 @@ def test_train_reports_and_its_checkpoint_tests_alike(tmp_path):
     assert (checkpoint.name, last.name) == ("epoch=1-step=78.ckpt", "last.ckpt")
     config = next((tmp_path / "runs" / "digits").rglob("config.yaml"))
     assert str(config.relative_to(tmp_path)) in report["command"]
+    assert optimizer_of(tmp_path / "out") == "HRNN"
     again = ["--config", str(config), "--ckpt_path", str(checkpoint), "--out", "again", *QUIET]
     assert main(["train", "validate", *again]) == 0
     report = json.loads((tmp_path / "again" / "report.json").read_text())

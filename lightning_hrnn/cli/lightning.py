@@ -20,10 +20,13 @@ from lightning_hrnn.cli.run_report import write_run_report
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the whole configuration, as `config.yaml` in the folder of the run and with Weights & Biases."""
+    """Save the whole configuration: `config.yaml` in the run's folder and in `--out`, and with Weights & Biases."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hand it to Weights & Biases; Lightning writes the file."""
+        """Hand it on; Lightning writes the file in the folder of the run."""
+        if (out := self.config.get("out")) is not None:
+            path = Path(out, self.config_filename)
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
