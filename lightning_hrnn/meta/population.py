@@ -121,6 +121,7 @@ class Population:
             first += batch.count
         like = batches[0].params[0]
         self.layout = Layout.of(sizes, model_of, device=like.device, dtype=like.dtype)
+        self._lengths = torch.tensor(sizes, device=like.device)
         self._tensors = [len(batch.params) * batch.count for batch in batches]
         self._models = [batch.count for batch in batches]
 
@@ -185,7 +186,8 @@ class Population:
 
     def param_rms(self, theta: Tensor) -> Tensor:
         """Return the root mean square of each parameter tensor, as a constant. [T]"""
-        return self.layout.mean_per_tensor(theta.detach().square()).sqrt()
+        squares = theta.detach().square()
+        return torch.segment_reduce(squares, "mean", lengths=self._lengths, unsafe=True).sqrt()  # lengths are right
 
     def split(self, progress: Progress) -> list[Progress]:
         """Divide the progress of all tasks into that of each batch."""

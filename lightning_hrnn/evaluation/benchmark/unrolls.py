@@ -108,7 +108,7 @@ def _pes(rule: HierarchicalRNN, population: Population, steps: int, engine: Para
     pool = TaskPool(len(population.batches), Lives(), rates=(1.0, 1.0))
     for seed, batch in enumerate(population.batches):
         alone = Population([batch])
-        progress, losses = begin(rule, alone, LOG_RATE), alone.losses(alone.initial_params())
+        progress, losses = begin(rule, alone, LOG_RATE), alone.losses(alone.initial_params(), fused=engine is not None)
         pool.places.append(Place(seed, batch, progress, losses, age=0, life=steps, cools=False))
     PES()(rule, pool, Window(steps, {steps - 1}, LogRatio(), engine))
 
