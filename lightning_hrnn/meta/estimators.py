@@ -133,7 +133,7 @@ class PES:
     @torch.no_grad()
     def __call__(self, rule: HierarchicalRNN, pool: TaskPool, window: Window) -> Estimate:
         """Unroll each pair's tasks twice."""
-        center = parameters_to_vector(rule.parameters())
+        center, probe = parameters_to_vector(rule.parameters()), deepcopy(rule)
         places = list(pool)
         self._twins = {
             place.seed: self._twins.get(place.seed) or _Twin(place.progress, torch.zeros_like(center))
@@ -147,7 +147,7 @@ class PES:
             noise = self.sigma * self._draw(center, window.index, pair)
             for place in group:
                 self._twins[place.seed].noise += noise
-            plus, minus = self._both_ways(rule, center, noise, group, window)
+            plus, minus = self._both_ways(probe, center, noise, group, window)
             for place, high, low in zip(group, plus, minus, strict=True):
                 weight = (high.mean() - low.mean()) / (2 * self.sigma**2)
                 estimate += self._twins[place.seed].noise * weight / len(places)
@@ -162,15 +162,14 @@ class PES:
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
     def _both_ways(
-        self, rule: HierarchicalRNN, center: Tensor, noise: Tensor, group: Sequence[Place], window: Window
+        self, probe: HierarchicalRNN, center: Tensor, noise: Tensor, group: Sequence[Place], window: Window
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Unroll some tasks with the perturbation and against it, on the same minibatches."""
+        """Unroll some tasks with the perturbation and against it, on the same minibatches; `probe` takes them on."""
         population = Population([place.tasks for place in group])
         initial = torch.cat([place.initial_loss for place in group])
         before = [place.tasks.generator.get_state() for place in group]
         outcomes = []
         for sign in (1, -1):
-            probe = deepcopy(rule)
             vector_to_parameters(center + sign * noise, probe.parameters())
             for place, state in zip(group, before, strict=True):
                 place.tasks.generator.set_state(state)
