@@ -103,7 +103,7 @@ class Measured:
         strategy = max(row["ratio_to_eager"] for row in self.unrolls if row["estimator"] == "pes")
         return (
             f"On {self.largest} a step takes this many times as long as one of fused Adam: {costs}. "
-            f"Over all models a parameter takes {min(cost):.1f} to {max(cost):.1f} ns with {kernel}. "
+            f"A parameter takes {_range(cost)} ns with {kernel}, over all models. "
             f"Meta-training by truncated backprop is {fastest['ratio_to_eager']:.1f} times as fast with the engine "
             f"{fastest['engine']} as with eager, by evolution strategies {strategy:.1f} times. Numbers are "
             f"medians of rounds in which all took turns; half of the rounds lie within {self.spread:.0%} of the median "
@@ -170,6 +170,10 @@ class BenchmarkReport(Report):
         only = {name: getattr(self, name) for name in Report.__dataclass_fields__}
         head, mark, tail = replace(Report(**only), rows=first.rows).markdown().partition("## How to repeat it")
         return "\n".join([head.rstrip(), "", *(_section(part) for part in others), mark + tail])
+
+
+def _range(values: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{value:.1f}" for value in (min(values), max(values))))
 
 
 def _section(part: Part) -> str:
