@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_hrnn.cli import main
 from lightning_hrnn.evaluation.runs import read_curves
-from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.config import PARTS, RuleConfig
 from lightning_hrnn.tracking import LogWeightsCard
 from lightning_hrnn.vision import MODELS, build_model, write_image_folder
 from lightning_hrnn.vision.models import conv_bn
@@ -49,6 +49,9 @@ INSTEAD = {
     "recipes/imagenet/resnet": [*FORKED, *SMALL_IMAGES, *SMALL_RESNET],
     "recipes/imagenet/inception": [*FORKED, *SMALL_IMAGES, "--model.model", "two_heads"],
     "recipes/imagenet/resnet101v2_hrnn_fsdp2.yaml": ALONE,
+    "recipes/meta_train/rates.yaml": shlex.split(
+        "--model.places 2 --model.window 10 --data.instances 2 --data.validation_steps 20"
+    ),
     "recipes/meta_train/default.yaml": shlex.split(
         "--model.places 2 --model.window 4 --model.scored_steps 2 --data.instances 2 --data.validation_steps 4"
     ),
@@ -226,7 +229,7 @@ def test_an_ablation_differs_from_the_default_rule_by_what_it_names(recipe):
     part = recipe.partition("ablate_")[2].partition(".")[0]
     if part in default["features"]:
         assert set(default["features"]) - set(ablated["features"]) == {part}
-    elif part in ("relative_update", "attention"):
+    elif part in ("relative_update", "attention", *PARTS):
         assert (part in str(default)) != (part in str(ablated))
     else:
         assert default[part] != ablated[part]

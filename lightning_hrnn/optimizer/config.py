@@ -12,6 +12,7 @@ DIRECTIONS = ("gated", "additive")
 RATES = ("bounded", "smoothed")
 READOUTS = ("direction", "attention")
 TENSOR_FEATURES = ("relative_update",)
+PARTS = ("input_scaling", "output_scaling", "gradient_shortcut", "tensor_level", "global_level")
 DRIFT_INPUTS = ("tensor", "means", "global")
 POSITIVE = (
     "drift_rise",
@@ -38,6 +39,9 @@ class RuleConfig:
         direction: how the direction is read out, `"gated"` or `"additive"`.
         rate: how the log rate moves, `"bounded"` or `"smoothed"`.
         readouts: `("direction",)`, or with `"attention"` a second direction that says where to take the next gradient.
+        without: parts to do without, for ablations: `"input_scaling"` (averages are compressed as they are, not divided by
+            their root mean square), `"output_scaling"` (directions are not divided by theirs), `"gradient_shortcut"` (a
+            direction is the hidden state's alone), `"tensor_level"` or `"global_level"` (an RNN that says nothing).
         drift_inputs: `"bounded"` only: what the drift of a rate is read from: the state of the tensor RNN (`"tensor"`),
             also the means that this RNN sees (`"means"`), and the state of the global RNN (`"global"`).
         drift_rise: `"bounded"` only: a tensor's rate rises at most like this power of the number of steps.
@@ -65,6 +69,7 @@ class RuleConfig:
     direction: str = "gated"
     rate: str = "bounded"
     readouts: tuple[str, ...] = ("direction",)
+    without: tuple[str, ...] = ()
     drift_inputs: tuple[str, ...] = ("tensor",)
     drift_rise: float = 2.0
     drift_fall: float = 0.5
@@ -76,7 +81,7 @@ class RuleConfig:
     momentary_bound: float = 2.0
 
     def __post_init__(self) -> None:
-        for field in ("features", "tensor_features", "readouts", "drift_inputs"):
+        for field in ("features", "tensor_features", "readouts", "without", "drift_inputs"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
             if getattr(self, field) < 1:
@@ -88,6 +93,7 @@ class RuleConfig:
             ("features", tuple(FEATURES)),
             ("tensor_features", TENSOR_FEATURES),
             ("readouts", READOUTS),
+            ("without", PARTS),
             ("drift_inputs", DRIFT_INPUTS),
         ):
             unknown = [name for name in getattr(self, field) if name not in known]

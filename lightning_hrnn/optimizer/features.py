@@ -124,12 +124,12 @@ def update_moments(
     return Moments(average, square)
 
 
-def scaled_gradient(moments: Moments) -> Tensor:
+def scaled_gradient(moments: Moments, divide: bool = True) -> Tensor:
     """Divide each average by its root mean square and compress it: `asinh(m_s / sqrt(v_s))`. [S, P]
 
-    Invariant to the scale of the gradient (section 3.2.3).
+    Invariant to the scale of the gradient (section 3.2.3), unless an ablation does not divide.
     """
-    return torch.asinh(moments.average / moments.square.sqrt())
+    return torch.asinh(moments.average / moments.square.sqrt() if divide else moments.average)
 
 
 class Inputs(NamedTuple):

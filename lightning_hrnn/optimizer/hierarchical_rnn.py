@@ -15,9 +15,9 @@ param, tensor and global level. Features come first: `[F, P]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -290,6 +290,18 @@ class HierarchicalRNN(nn.Module):
         widths = {"tensor": h1, "means": tensor_inputs, "global": h2}
         drift_inputs = sum(widths[name] for name in config.drift_inputs)
         self.rate = BoundedRate(config, drift_inputs) if config.rate == "bounded" else SmoothedRate(config)
+        self._drop(config.without)
+
+    def _drop(self, parts: Sequence[str]) -> None:
+        """Put the meta-parameters of parts that the rule does without to zero, for good."""
+        of_part: dict[str, list[Tensor]] = {
+            "gradient_shortcut": [cast(Tensor, readout.shortcut) for readout in self.directions.values()],
+            "tensor_level": [self.tensor_rnn.initial],
+            "global_level": [self.global_rnn.initial],
+        }
+        for value in (value for part in parts for value in of_part.get(part, [])):
+            value.detach().zero_()
+            value.requires_grad_(False)
 
     def without_rate(self) -> HierarchicalRNN:
         """Return a copy that leaves log rates where they are put: it supplies direction and timescales alone."""
@@ -370,7 +382,9 @@ class HierarchicalRNN(nn.Module):
             layout.to_params((state.age > 0).to(grad.dtype)),
         )
         mean_square = layout.mean_per_tensor(param.directions.square())  # [R, T]
-        unit = param.directions * layout.to_params((mean_square + RMS_FLOOR).rsqrt())
+        unit = param.directions
+        if "output_scaling" not in self.config.without:
+            unit = unit * layout.to_params((mean_square + RMS_FLOOR).rsqrt())
         pooled = layout.mean_per_tensor(torch.cat([param.hidden, param.inputs]))
         return ParamLevel(param.hidden, param.average, param.square, pooled, unit * param.factor, param.log_rate)
 
@@ -392,7 +406,7 @@ class HierarchicalRNN(nn.Module):
         decay_logits = self.decay_weight @ hidden + self.decay_bias[:, None]
         input_decay, scale_decay = decay_logits.clamp(max=MAX_DECAY_LOGIT).sigmoid()
         moments = update_moments(grad, Moments(average, square), input_decay, scale_decay, remembers)
-        scaled = scaled_gradient(moments)
+        scaled = scaled_gradient(moments, divide="input_scaling" not in self.config.without)
         inputs = Inputs(scaled, moments.square, relative_rate.expand_as(grad))
         x = param_inputs(self.config.features, inputs)
         hidden = self.param_rnn(x, hidden, bias)
@@ -410,7 +424,11 @@ class HierarchicalRNN(nn.Module):
         if self.config.tensor_features:
             x = torch.cat([x, relative_update(tensor_log_rate(state, layout), param_rms)[None]])
         bias = layout.to_tensors(self.global_to_tensor @ state.global_hidden)
-        tensor_hidden = self.tensor_rnn(x, state.tensor_hidden, bias)
+        tensor_hidden, global_hidden = state.tensor_hidden, state.global_hidden
+        if "tensor_level" not in self.config.without:
+            tensor_hidden = self.tensor_rnn(x, tensor_hidden, bias)
+        if "global_level" not in self.config.without:
+            global_hidden = self.global_rnn(layout.mean_per_model(tensor_hidden), global_hidden)
         log_rate = state.log_rate if param.log_rate is None else param.log_rate
         if isinstance(self.rate, BoundedRate):
             seen = {"tensor": tensor_hidden, "means": x, "global": layout.to_tensors(state.global_hidden)}
@@ -422,7 +440,7 @@ class HierarchicalRNN(nn.Module):
             square=param.square,
             log_rate=log_rate,
             tensor_hidden=tensor_hidden,
-            global_hidden=self.global_rnn(layout.mean_per_model(tensor_hidden), state.global_hidden),
+            global_hidden=global_hidden,
             age=state.age + 1,
         )
 

@@ -34,6 +34,7 @@ class Totals:
 
     def __init__(self, rule: HierarchicalRNN, work: Sequence[TensorWork]) -> None:
         like = rule.param_rnn.gate_weight
+        self.scales = "output_scaling" not in rule.config.without
         self.rows = [like.shape[1], len(rule.directions), 1, 1]
         self.values = like.new_zeros(sum(self.rows), len(work))
         self.values[-1] = _counts(tuple(tensor.param.numel() for tensor in work), like.device)
@@ -53,8 +54,10 @@ class Totals:
         return Sums(pooled, squares, param_square[0])
 
     def inverse_rms(self, part: slice) -> Tensor:
-        """Return what makes the root mean square of directions one. [R, T of the part]"""
+        """Return what makes the root mean square of directions one, for a rule with output scaling. [R, T of the part]"""
         squares = self.values.split(self.rows)[1]
+        if not self.scales:
+            return torch.ones_like(squares[:, part])
         return (squares[:, part] / self.count[part] + RMS_FLOOR).rsqrt()
 
 

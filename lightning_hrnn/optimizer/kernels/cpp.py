@@ -43,6 +43,8 @@ def why_unsupported(rule: HierarchicalRNN) -> str | None:
     config = rule.config
     if config.direction != "gated" or config.rate != "bounded":
         return "The compiled kernels know the gated direction with the bounded rate only."
+    if {"input_scaling", "output_scaling"} & {*config.without}:
+        return "The compiled kernels scale inputs and outputs."
     if config.features != tuple(FEATURES):
         return f"The compiled kernels know the features {list(FEATURES)} in this order only."
     if config.param_hidden > MOST_HIDDEN or not 2 <= config.timescales <= MOST_TIMESCALES:
