@@ -54,7 +54,7 @@ IDLE_WITHOUT = {  # what a level that says nothing leaves without a use
 
 
 def make_rule(name):
-    """Return a rule in double precision, none of whose meta-parameters is zero, but for those of parts that it does without."""
+    """Return a rule in double precision, none of whose meta-parameters is zero but for parts that it does without."""
     preset, changes = RULES[name]
     torch.manual_seed(5)
     rule = HierarchicalRNN(RuleConfig.preset(preset, **changes)).double()

@@ -39,9 +39,9 @@ class RuleConfig:
         direction: how the direction is read out, `"gated"` or `"additive"`.
         rate: how the log rate moves, `"bounded"` or `"smoothed"`.
         readouts: `("direction",)`, or with `"attention"` a second direction that says where to take the next gradient.
-        without: parts to do without, for ablations: `"input_scaling"` (averages are compressed as they are, not divided by
-            their root mean square), `"output_scaling"` (directions are not divided by theirs), `"gradient_shortcut"` (a
-            direction is the hidden state's alone), `"tensor_level"` or `"global_level"` (an RNN that says nothing).
+        without: parts to do without, for ablations: `"input_scaling"` (averages are compressed as they are, not divided
+            by their root mean square), `"output_scaling"` (directions are not divided by theirs), `"gradient_shortcut"`
+            (a direction is the hidden state's alone), `"tensor_level"` or `"global_level"` (an RNN that says nothing).
         drift_inputs: `"bounded"` only: what the drift of a rate is read from: the state of the tensor RNN (`"tensor"`),
             also the means that this RNN sees (`"means"`), and the state of the global RNN (`"global"`).
         drift_rise: `"bounded"` only: a tensor's rate rises at most like this power of the number of steps.

@@ -54,7 +54,7 @@ class Totals:
         return Sums(pooled, squares, param_square[0])
 
     def inverse_rms(self, part: slice) -> Tensor:
-        """Return what makes the root mean square of directions one, for a rule with output scaling. [R, T of the part]"""
+        """Return what makes the root mean square of directions one, if the rule scales outputs. [R, T of the part]"""
         squares = self.values.split(self.rows)[1]
         if not self.scales:
             return torch.ones_like(squares[:, part])
