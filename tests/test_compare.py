@@ -83,6 +83,14 @@ def test_metrics_can_be_chosen(runs, tmp_path):
     assert [row["run"] for row in rows] == ["b/version_0", "a/version_0"]  # the highest accuracy first
 
 
+def test_a_run_that_broke_down_comes_last(runs, tmp_path):
+    broken = write_run(runs / "0")
+    (broken / "metrics.csv").write_text("step,train/loss\n9,nan\n19,nan\n")
+    assert main(["compare", "runs", "--metrics", "train/loss", "--out", "out"]) == 0
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["results"]
+    assert [row["run"] for row in rows] == ["a/version_0", "b/version_0", "0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -114,8 +122,19 @@ def test_what_is_no_run_is_named(runs, tmp_path, capsys, arguments, named):
     assert not (tmp_path / "hrnn-comparison").exists()
 
 
-def test_a_configuration_that_cannot_be_read_does_no_harm(runs):
-    (runs / "a" / "version_0" / "config.yaml").write_text("model: !!python/object:x.Y {}")
+@pytest.mark.parametrize(
+    "config",
+    [
+        "model: !!python/object:x.Y {}",
+        "- a list",
+        "words",
+        "trainer: {callbacks: [words, {lr: 1}]}",
+        "trainer: fast\nmodel: small",
+        "trainer: {callbacks: {class_path: null}}\nmodel: {init_args: 3}",
+    ],
+)
+def test_a_configuration_that_cannot_be_read_does_no_harm(runs, config):
+    (runs / "a" / "version_0" / "config.yaml").write_text(config)
     assert [run.label for run in read_runs(find_runs([runs / "a"]))] == ["version_0"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,11 +65,11 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def report_of(runs: Sequence[LoggedRun], metrics: Sequence[str], command: str) -> Report:
-    """Return the table of the runs, the best at the first metric on top."""
+    """Return the table of the runs, the best at the first metric on top, those without a number last."""
     shown = list(dict.fromkeys([*metrics, *(name for name in EXTRA_METRICS if any(name in r.curves for r in runs))]))
     rows = [logged.row(shown) for logged in runs]
     best_first = -1 if "acc" in metrics[0] else 1
-    rows.sort(key=lambda row: best_first * row[metrics[0]])
+    rows.sort(key=lambda row: (math.isnan(row[metrics[0]]), best_first * row[metrics[0]]))
     summary = "Training losses are means over the last tenth of what was logged; others are the best of the run."
     if untimed := [logged.name for logged in runs if not logged.seconds[0]]:
         summary += f" Without time: {', '.join(untimed)}; lightning_hrnn.tracking.RunClock logs it."

@@ -149,17 +149,22 @@ def optimizer_of(folder: Path) -> str:
         if not file.is_file():
             continue
         try:
-            config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError:  # of a module's own objects, or cut short
+            config = _mapping(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError):  # of a module's own objects, or cut short
             continue
-        callbacks = (config.get("trainer") or {}).get("callbacks") or []
-        for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-            if callback["class_path"].endswith("HRNNOptimizerCallback"):
-                return _with_rate("HRNN", callback.get("init_args") or {}, usual=1.0)
-        own = (config["model"] or {}).get("init_args") or {} if "trainer" in config else config
+        callbacks = _mapping(config.get("trainer")).get("callbacks")
+        for callback in map(_mapping, callbacks if isinstance(callbacks, list) else [callbacks]):
+            if str(callback.get("class_path")).endswith("HRNNOptimizerCallback"):
+                return _with_rate("HRNN", _mapping(callback.get("init_args")), usual=1.0)
+        own = _mapping(_mapping(config.get("model")).get("init_args")) if "trainer" in config else config
         if name := own.get("optimizer"):
             return _with_rate(str(name), own)
     return ""
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """Return a part of a configuration; an empty one where a foreign file has something else."""
+    return value if isinstance(value, dict) else {}
 
 
 def _with_rate(name: str, options: dict[str, Any], usual: float | None = None) -> str:
