@@ -112,6 +112,8 @@ def test_missing_images_say_how_to_obtain_and_arrange_them(tmp_path, made):
         images(tmp_path)
     for part in (str(tmp_path), "image-net.org", "ILSVRC2012_img_train.tar", "train/CLASS", "--data.data_dir"):
         assert part in str(caught.value)
+    assert str(caught.value).count("register at") == 1
+    assert ".. " not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -63,6 +63,11 @@ class ImageData(LightningDataModule):
             DataNotFoundError: If the files are not there.
         """
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, known after `setup`."""
+        return max((1 + int(part.labels.max()) for part in self._sets.values() if len(part)), default=0)
+
     def picture(self, images: Tensor) -> Tensor:
         """Turn inputs [B, C, H, W] back into shares of brightness, for people to look at."""
         return brightness(images, self.scale.mean, self.scale.std)

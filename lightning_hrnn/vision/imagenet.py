@@ -118,8 +118,8 @@ class ImageNetData(LightningDataModule):
                 scored: Any = ImageFolder(val, transform=self.eval_transform())
             else:
                 scored = self._flat(val, training.class_to_idx)
-        except FileNotFoundError as error:  # no class, or one without an image
-            raise DataNotFoundError(f"{error}. {ARRANGE}") from error
+        except FileNotFoundError as error:  # no class, or one without an image; no devkit
+            raise DataNotFoundError(f"{str(error).rstrip('.')}. {ARRANGE}") from error
         if strange := sorted(set(getattr(scored, "classes", training.classes)) ^ set(training.classes)):
             raise ValueError(f"{train} and {val} differ in their classes, for example in {strange[0]!r}.")
         self.classes, self._train, self._val = training.classes, training, scored
@@ -192,9 +192,9 @@ class ImageNetData(LightningDataModule):
         from torchvision.datasets.folder import IMG_EXTENSIONS
 
         if not Path(self.data_dir, imagenet.META_FILE).is_file():
-            raise DataNotFoundError(
+            raise FileNotFoundError(
                 f"{str(val)!r} holds no folder for each class, and {ARCHIVES['devkit']}, which would say what its "
-                f"images show, is not in {str(self.data_dir)!r}. {ARRANGE}"
+                f"images show, is not in {str(self.data_dir)!r}"
             )
         _, names = imagenet.load_meta_file(self.data_dir)
         files = sorted(path for path in val.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
