@@ -151,6 +151,21 @@ def test_a_recipe_prints_as_a_whole_configuration(recipe, capsys):
     check(yaml.safe_load((ROOT / recipe).read_text(encoding="utf-8")), whole, recipe)
 
 
+def overrides(recipe):
+    """The options that a recipe's heading offers; words in capitals stand for the user's own."""
+    own = {"DIR": "there", "NAME": "mine", "FILE": "mine.safetensors"}
+    lines = [line for line in heading(recipe)["Override"].splitlines() if line.startswith("--")]
+    words = [own.get(word, word) for line in lines for word in shlex.split(re.split(" {2,}", line)[0])]
+    return [str(ROOT / word) if word.startswith("recipes/") else word for word in words]
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "meta_train/" not in recipe])  # prose there
+def test_what_the_heading_offers_to_override_can_be(recipe, capsys):
+    offered = overrides(recipe)
+    assert offered
+    assert main([*launch(recipe), *offered, "--print_config"]) == 0, (offered, capsys.readouterr().err)
+
+
 quiet = pytest.mark.filterwarnings(
     "ignore:The '.*_dataloader' does not have many workers",  # of a few images
     "ignore:This process .* is multi-threaded, use of fork",
