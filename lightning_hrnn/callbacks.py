@@ -53,7 +53,7 @@ class HRNNOptimizerCallback(Callback):
             schedule written for a base rate of 3e-4 that stands at 1e-4 makes it a third. `"refuse"`: an error.
         kernel: what computes the step; see `HRNN`.
         initial_rate: first learned rate; see `HRNN`.
-        cooldown: share of the run, its last part, over which the learned rates go down to zero on a straight line: the
+        cooldown: share of the run, its last part, over which the learned rates go down to zero along half a cosine: the
             noise of the steps settles, and the loss with it. Where `max_steps` or `max_epochs` says when the fit
             ends; with `schedulers="keep"` the module's schedulers do it instead. 0 for none.
         rate: `"learned"`, or `"given"`: the learning rates and schedulers of the module mean what they say, and HRNN

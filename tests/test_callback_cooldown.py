@@ -1,5 +1,7 @@
 """The learned rates cool down over the last part of a fit whose length the Trainer knows."""
 
+import math
+
 import pytest
 import torch
 from helpers.modules import GAN, Batches, Regression, by_hand, quiet_trainer, same_state
@@ -37,7 +39,12 @@ def multipliers(tmp_path, module, batches=5, options=None, **arguments):
     return watch.seen
 
 
-LINE = [1.0] * 6 + [0.8, 0.6, 0.4, 0.2]
+def cosine(*shares):
+    """Half a cosine that has these shares of its way left."""
+    return [(1 - math.cos(math.pi * share)) / 2 for share in shares]
+
+
+CURVE = [1.0] * 6 + cosine(0.8, 0.6, 0.4, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -51,22 +58,22 @@ LINE = [1.0] * 6 + [0.8, 0.6, 0.4, 0.2]
     ],
     ids=["epochs", "steps", "steps first", "epochs first", "limited"],
 )
-def test_the_last_half_goes_down_on_a_line(tmp_path, arguments):
+def test_the_last_half_goes_down_on_a_cosine(tmp_path, arguments):
     seen = multipliers(tmp_path, Regression(), **arguments)
     if "limit_train_batches" in arguments:  # 2 of 5 batches in 4 epochs
-        assert seen == pytest.approx([1.0] * 5 + [0.75, 0.5, 0.25])
+        assert seen == pytest.approx([1.0] * 5 + cosine(0.75, 0.5, 0.25))
     else:
-        assert seen == pytest.approx(LINE)
+        assert seen == pytest.approx(CURVE)
 
 
 def test_accumulation_counts_batches(tmp_path):
     seen = multipliers(tmp_path, Regression(), batches=4, accumulate_grad_batches=2)
-    assert seen == pytest.approx([1.0, 1.0, 0.75, 0.25])
+    assert seen == pytest.approx([1.0, 1.0, *cosine(0.75, 0.25)])
 
 
 def test_two_optimizers_by_hand_cool_down_together(tmp_path):
     seen = multipliers(tmp_path, GAN())
-    assert seen == pytest.approx([value for value in LINE for _ in range(2)])
+    assert seen == pytest.approx([value for value in CURVE for _ in range(2)])
 
 
 def test_no_length_no_cooldown(tmp_path):
@@ -84,7 +91,7 @@ def test_no_length_no_cooldown(tmp_path):
 @pytest.mark.parametrize(("share", "expected"), [(0, [1.0] * 10), (0.2, [1.0] * 9 + [0.5]), (1, None)])
 def test_the_share_is_an_option(tmp_path, share, expected):
     seen = multipliers(tmp_path, Regression(), options={"cooldown": share})
-    assert seen == pytest.approx(expected or [1 - step / 10 for step in range(10)])
+    assert seen == pytest.approx(expected or cosine(*(1 - step / 10 for step in range(10))))
 
 
 def test_schedulers_that_are_kept_take_its_place(tmp_path):
@@ -153,10 +160,11 @@ def test_it_is_a_multiplier_like_lr():
     assert not same_state(half[0], stepped(1.0, 1.0)[0])
 
 
-def test_the_line():
-    assert [cooldown(step, 4) for step in range(6)] == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
+def test_the_curve():
+    assert [cooldown(step, 4) for step in range(6)] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0, 0.0])
     assert [cooldown(step, 4, share=0) for step in range(6)] == [1.0] * 4 + [0.0] * 2
-    assert cooldown(0.75, 1) == 0.5
+    assert cooldown(0.75, 1) == pytest.approx(0.5)
+    assert cooldown(0.99, 1) < 1e-3  # it ends flat
 
 
 def test_a_fit_equals_the_loop_written_out(tmp_path):
