@@ -290,6 +290,24 @@ def test_what_hrnn_began_no_other_optimizer_goes_on_with(fails):
     assert "the state of HRNN, from which AdamW cannot go on. Resume with --trainer.callbacks+=HRNN" in said
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Lightning's
+def test_the_module_is_the_checkpoints_and_what_that_overrules_is_said(fails, caplog):
+    fit = ["train", "fit", "--config", DIGITS, "--trainer.limit_val_batches", "0", *QUIET]
+    assert main([*fit, "--trainer.max_steps", "1"]) == 0
+    (saved,) = Path("runs/digits").rglob("last.ckpt")
+    go_on = [*fit, "--trainer.max_steps", "2", "--ckpt_path"]
+    overruled = "Taken from the checkpoint, whatever was given"
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        assert main([*go_on, str(saved)]) == 0
+        assert overruled not in caplog.text
+        assert main([*go_on, str(saved), "--model.model", "conv_bn", "--model.lr", "0.1"]) == 0
+        assert f"{overruled}: model=conv (not conv_bn), lr=None (not 0.1)." in caplog.text
+    Path("cut.ckpt").write_bytes(saved.read_bytes()[:30000])
+    Path("words.ckpt").write_text("hello")
+    for name in ("cut.ckpt", "words.ckpt"):
+        assert f"The checkpoint '{name}' is not Lightning's, or not whole." in fails(*go_on, name)
+
+
 def test_what_belongs_together_shares_a_panel():
     curve, constant = ([0.0, 1.0], [1.0, 0.5]), ([0.0, 1.0], [0.0, 0.0])
     names = ["acc", "train/loss", "val/loss", "meta_loss", "meta_loss/bowl", "val/acc"]

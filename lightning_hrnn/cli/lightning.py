@@ -5,13 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_hrnn.cli.every_run import GoOnWithHRNN, LeaveProcessGroup
 from lightning_hrnn.cli.folders import ready_folder
@@ -53,6 +56,26 @@ class CommandCLI(LightningCLI):
         assert isinstance(args, list)
         self.arguments = args
         self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the module's options from the checkpoint, as Lightning does, and say which ones that changes.
+
+        Raises:
+            ValueError: if the file cannot be read.
+        """
+        given = self._module_options()
+        try:
+            super()._parse_ckpt_path()
+        except (OSError, RuntimeError, EOFError, LookupError, UnpicklingError) as error:
+            path = str(self.config[self.config.subcommand].ckpt_path)
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"The checkpoint {path!r} is not Lightning's, or not whole. {why}") from error
+        taken = self._module_options()
+        if changed := [f"{name}={taken[name]} (not {given[name]})" for name in given if given[name] != taken.get(name)]:
+            rank_zero_info(f"Taken from the checkpoint, whatever was given: {', '.join(changed)}.")
+
+    def _module_options(self) -> dict[str, Any]:
+        return dict(vars(self.config[self.config.subcommand].model.get("init_args", Namespace())))
 
     def instantiate_classes(self) -> None:
         """Make the folder that `--out` names, then everything else."""
