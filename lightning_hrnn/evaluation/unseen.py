@@ -183,10 +183,6 @@ def batch_norm(width: int) -> nn.Module:
     return nn.BatchNorm1d(width, track_running_stats=False)
 
 
-def _token_net(make: Callable[[nn.Module], nn.Module], width: int) -> nn.Module:
-    return make(nn.Embedding(TOKENS, width))
-
-
 tokens = partial(sequences, points=600)
 
 _SYNTHETIC: dict[str, tuple[Callable[[], nn.Module], Callable[..., tuple[Tensor, Tensor]], int]] = {
@@ -195,21 +191,9 @@ _SYNTHETIC: dict[str, tuple[Callable[[], nn.Module], Callable[..., tuple[Tensor,
     "wide-relu-mlp": (partial(mlp, WAVE_INPUTS, [256], WAVE_CLASSES, nn.ReLU), waves, 32),
     "layer-norm-mlp": (partial(mlp, 144, [48, 48], 10, nn.GELU, nn.LayerNorm), images, 32),
     "residual-mlp": (partial(ResidualMLP, 144, 32, 3, 10), images, 32),
-    "gru": (
-        partial(_token_net, lambda embed: Recurrent(embed, 8, 24, TOKENS, "gru"), 8),
-        tokens,
-        32,
-    ),
-    "lstm": (
-        partial(_token_net, lambda embed: Recurrent(embed, 8, 24, TOKENS, "lstm"), 8),
-        tokens,
-        32,
-    ),
-    "two-block-transformer": (
-        partial(_token_net, lambda embed: Transformer(embed, LENGTH, 24, TOKENS), 24),
-        tokens,
-        32,
-    ),
+    "gru": (lambda: Recurrent(nn.Embedding(TOKENS, 8), 8, 24, TOKENS, "gru"), tokens, 32),
+    "lstm": (lambda: Recurrent(nn.Embedding(TOKENS, 8), 8, 24, TOKENS, "lstm"), tokens, 32),
+    "two-block-transformer": (lambda: Transformer(nn.Embedding(TOKENS, 24), LENGTH, 24, TOKENS), tokens, 32),
     "embeddings": (embeddings, tokens, 32),
 }
 

@@ -135,7 +135,7 @@ def _baseline(outcome: Outcome, level: float) -> Record:
 
 
 def _level(outcome: Outcome) -> float:
-    return float(mean_log(torch.tensor(outcome.final, dtype=torch.float64), _double(outcome.initial)))
+    return float(mean_log(_double(outcome.final), _double(outcome.initial)))
 
 
 def _floors(outcome: Outcome) -> list[float]:
