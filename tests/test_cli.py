@@ -290,6 +290,11 @@ def test_what_hrnn_began_no_other_optimizer_goes_on_with(fails):
     assert "the state of HRNN, from which AdamW cannot go on. Resume with --trainer.callbacks+=HRNN" in said
 
 
+def test_a_trial_of_a_few_batches_leaves_no_checkpoint(tmp_path):
+    assert main(["train", "fit", "--config", DIGITS, "--trainer.fast_dev_run", "2", *QUIET]) == 0
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Lightning's
 def test_the_module_is_the_checkpoints_and_what_that_overrules_is_said(fails, caplog):
     fit = ["train", "fit", "--config", DIGITS, "--trainer.limit_val_batches", "0", *QUIET]

@@ -82,6 +82,10 @@ class CommandCLI(LightningCLI):
         if self.out is not None:
             ready_folder(self.out)
         super().instantiate_classes()
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for callback in self.trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    callback.save_last = False  # Lightning would write it all the same, over that of a true run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Let the trainer log to `--out` too."""
