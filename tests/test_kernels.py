@@ -1,5 +1,6 @@
 """Fused kernels against the pure rule: values over many steps, and meta-gradients."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -217,7 +218,7 @@ def test_without_a_compiler_the_rule_runs_by_itself(no_compiler):
         build.operators(10, 4)
 
 
-def test_a_failed_build_is_reported_and_not_repeated(monkeypatch):
+def test_a_failed_build_is_reported_and_not_repeated(monkeypatch, caplog):
     calls = []
 
     def fail(*sizes):
@@ -232,6 +233,32 @@ def test_a_failed_build_is_reported_and_not_repeated(monkeypatch):
         with pytest.raises(build.BuildError, match="Building it failed"):
             build.operators(10, 4)
     assert len(calls) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "Compiled kernels cannot be had, and torch operations run instead, much slower. "
+        "Building it failed: lanes.h:1: fatal error: too old a compiler"
+    ]
+    build.compiled.cache_clear()
+
+
+def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path):
+    """Torch asks it for its version first."""
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "_failures", {})
+    build.compiled.cache_clear()
+    for _ in range(2):
+        with pytest.raises(build.BuildError, match=r"CalledProcessError: Command .*'false'"):
+            build.operators(10, 4)
+    build.compiled.cache_clear()
+
+
+def test_a_cache_that_cannot_be_made_says_how_to_name_another(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "folder"))
+    monkeypatch.setattr(build, "_failures", {})
+    build.compiled.cache_clear()
+    with pytest.raises(build.BuildError, match=r"NotADirectoryError.* Name a folder for it in TORCH_EXTENSIONS_DIR"):
+        build.operators(10, 4)
     build.compiled.cache_clear()
 
 
@@ -340,6 +367,18 @@ def test_without_a_compiler_the_eager_step_runs(no_compiler, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
+def test_without_a_compiler_there_is_one_message(no_compiler):
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer = HRNN([param], kernel="cpp")
+        for _ in range(2):
+            optimizer.step()
+    assert len(said) == 1
+    assert "install g++. The eager one runs instead." in str(said[0].message)
+
+
 class FakeLoader:
     """Stand in for torch's extension loader; a lock that somebody left behind would make it wait for ever."""
 
@@ -366,6 +405,20 @@ def test_a_lock_left_behind_does_not_block_and_a_library_is_built_once(tmp_path,
         build._load(build.rule_library(10, 4))
     assert loader.builds == 1
     assert [Path(path).suffix for path in loaded] == [".so"]
+
+
+def test_a_library_is_loaded_from_a_folder_that_can_only_be_read(tmp_path, monkeypatch):
+    loader, loaded = FakeLoader(tmp_path), []
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(build, "_extension_loader", lambda: loader)
+    build._load(build.rule_library(10, 4))
+    monkeypatch.setattr(build.torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(build, "_alone", refuse)
+    build._load(build.rule_library(10, 4))
+    assert len(loaded) == loader.builds == 1
 
 
 def test_a_build_that_died_is_done_again(tmp_path, monkeypatch):

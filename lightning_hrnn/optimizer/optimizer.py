@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from lightning_hrnn.optimizer.adapt import OtherWeights, adapt_state
 from lightning_hrnn.optimizer.checks import check_fit, check_gradient, check_group, check_kind, check_one_device
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
-from lightning_hrnn.optimizer.kernels import StepKernel, TensorWork, choose_kernel
+from lightning_hrnn.optimizer.kernels import StepKernel, TensorWork, check_kernel, choose_kernel
 from lightning_hrnn.optimizer.levels import (
     Totals,
     from_above,
@@ -109,7 +109,7 @@ class HRNN(Optimizer):
         self._first_rate = float(rule.card.get("initial_rate", 1e-3))
         self._kernel_name, self._state_dtype = kernel, state_dtype
         self._other_weights = other_weights
-        choose_kernel(kernel, rule, "cpu")  # an unknown name is an error now, not at the first step
+        check_kernel(kernel)  # now, not at the first step
         self._kernels: dict[str, StepKernel] = {}
         self._ranks = Ranks()
         self._true_weights: dict[Tensor, Tensor] = {}  # this rank's shards

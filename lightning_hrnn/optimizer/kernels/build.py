@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -92,9 +93,15 @@ def compiled(library: Library) -> Any:
         raise BuildError(reason)
     try:
         return _load(library)
-    except (OSError, RuntimeError, ImportError) as error:
-        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [repr(error)]
-        _failures[library] = f"Building it failed: {lines[0].strip()}"
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        said = [
+            line for line in str(error).splitlines() if "error:" in line
+        ] or f"{type(error).__name__}: {error}".splitlines()
+        mend = " Name a folder for it in TORCH_EXTENSIONS_DIR." if isinstance(error, OSError) else ""
+        _failures[library] = f"Building it failed: {said[0].strip()}{mend}"
+        logging.getLogger("lightning_hrnn").warning(
+            "Compiled kernels cannot be had, and torch operations run instead, much slower. %s", _failures[library]
+        )
         raise BuildError(_failures[library]) from error
 
 
@@ -107,13 +114,13 @@ def _load(library: Library) -> Any:
     name = f"lightning_hrnn_{digest.hexdigest()[:16]}"
     directory = Path(loader._get_build_directory(name, verbose=False))
     built, done = directory / f"{name}.so", directory / "done"
+    if done.exists() and _loaded(built):  # without the lock, for which a folder that can only be read has no place
+        return getattr(torch.ops, name)
     with _alone(directory / "building"):
         if done.exists():
-            try:
-                torch.ops.load_library(str(built))
+            if _loaded(built):  # by who held the lock before
                 return getattr(torch.ops, name)
-            except OSError:  # damaged, or gone: build it again
-                done.unlink()
+            done.unlink()  # damaged, or gone: build it again
         # Nobody else is building: what lies here, torch's own lock included, is from a process that died.
         for remains in (directory / "lock", built, *directory.glob("*.o")):
             remains.unlink(missing_ok=True)
@@ -129,6 +136,15 @@ def _load(library: Library) -> Any:
             )
         done.touch()
     return getattr(torch.ops, name)
+
+
+def _loaded(library: Path) -> bool:
+    """Load a library, if it is there and whole."""
+    try:
+        torch.ops.load_library(str(library))
+    except OSError:
+        return False
+    return True
 
 
 def _flags() -> list[str]:
