@@ -367,6 +367,33 @@ def test_without_a_compiler_the_eager_step_runs(no_compiler, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("kernel", ["eager", "cpp"])
+def test_defaults_of_torch_change_nothing(kernel):
+    """Programs may make float64 the type of new tensors, or another device their place."""
+
+    def trained():
+        params = [
+            torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=dtype, device="cpu"))
+            for dtype in (torch.float32, torch.float64)
+        ]
+        optimizer = HRNN(params, kernel=kernel, weight_decay=0.1)
+        with torch.device("meta"):
+            for _ in range(3):
+                for param in params:
+                    param.grad = param.detach() + 1
+                optimizer.step()
+        return [param.detach() for param in params]
+
+    expected = trained()
+    for default in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            actual = trained()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
 def test_without_a_compiler_there_is_one_message(no_compiler):
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)

@@ -62,7 +62,7 @@ def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
             "Install the package again, or fetch the file again from where it came."
         )
     try:
-        rule = HierarchicalRNN(RuleConfig(**card["config"]))
+        rule = HierarchicalRNN(RuleConfig(**card["config"])).float()  # whatever torch's default type is
         rule.load_state_dict(load(content))
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(

@@ -45,7 +45,8 @@ def initial_state(
 
     hidden = rows(config.param_hidden)
     hidden += rule.param_rnn.initial.view(-1, *[1] * shard.dim())
-    rates = torch.full(shard.shape if rule.rate_per_param else (), log_rate, device=shard.device)
+    one: dict[str, Any] = {"dtype": torch.float32, "device": shard.device}  # whatever torch's default type is
+    rates = torch.full(shard.shape if rule.rate_per_param else (), log_rate, **one)
     state = {
         "hidden": sharded_like(param, hidden),
         "average": sharded_like(param, rows(config.timescales)),
@@ -53,7 +54,7 @@ def initial_state(
         "log_rate": sharded_like(param, rates) if rule.rate_per_param else rates,
         "tensor_hidden": rule.tensor_rnn.initial.clone(),
         "global_hidden": global_hidden,
-        "age": torch.zeros((), device=shard.device),
+        "age": torch.zeros((), **one),
     }
     if "attention" in config.readouts:
         state[LOOKAHEAD] = sharded_like(param, torch.zeros_like(shard, memory_format=torch.contiguous_format))

@@ -189,9 +189,9 @@ class CppKernel:
         if not isinstance(pending, Pending):
             EagerKernel().apply(work, pending, inverse_rms)
             return
-        rates = pending.rates * torch.tensor([tensor.lr for tensor in work])
+        rates = pending.rates * pending.rates.new_tensor([tensor.lr for tensor in work])
         lookaheads = [tensor.lookahead for tensor in work if tensor.lookahead is not None]
-        decay = rates * torch.tensor([tensor.weight_decay for tensor in work])
+        decay = rates * rates.new_tensor([tensor.weight_decay for tensor in work])
         pending.library.apply_step(pending.params, lookaheads, pending.steps, inverse_rms * rates, decay)
         moved = [tensor.param for tensor in work]
         for param, copy in zip(moved, pending.params, strict=True):

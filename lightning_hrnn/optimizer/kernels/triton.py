@@ -151,14 +151,14 @@ class TritonKernel:
                 hidden=torch.zeros(config.param_hidden, 1, dtype=state, device=device),
                 average=torch.zeros(config.timescales, 1, dtype=state, device=device),
                 square=torch.zeros(config.timescales, 1, dtype=state, device=device),
-                log_rate=torch.zeros((), device=device),
+                log_rate=torch.zeros((), dtype=torch.float32, device=device),
                 lookahead=torch.zeros(1, dtype=param, device=device) if len(config.readouts) > 1 else None,
                 lr=0.0,
                 weight_decay=0.0,
             )
             for param, grad, state in types
         ]
-        zeros = torch.zeros(3 * config.param_hidden, len(work), device=device)
+        zeros = torch.zeros(3 * config.param_hidden, len(work), dtype=torch.float32, device=device)
         try:
             sums, pending = self._measure(rule, work, FromAbove(zeros, zeros[0], zeros[0], zeros[0]))
             self._apply(pending, torch.ones_like(sums.squares))
