@@ -418,7 +418,7 @@ class FakeLoader:
     def load(self, name, sources, build_directory, **_):
         assert not (self.folder / "lock").exists()
         assert all(Path(source).is_file() for source in sources)
-        (self.folder / f"{name}.so").touch()
+        (self.folder / f"{name}.so").write_bytes(b"compiled")
         self.builds += 1
 
 
@@ -457,12 +457,20 @@ def test_a_build_that_died_is_done_again(tmp_path, monkeypatch):
     build._load(build.rule_library(10, 4))
     assert loader.builds == 2
 
+    (library,) = tmp_path.glob("*.so")
+    monkeypatch.setattr(build.torch.ops, "load_library", lambda path: None)
+    build._load(build.rule_library(10, 4))
+    assert loader.builds == 2
+    library.write_bytes(library.read_bytes()[:-1])  # cut short: loading it might kill the process
+    build._load(build.rule_library(10, 4))
+    assert loader.builds == 3
+
     def refuse(path):
         raise OSError(f"{path}: file too short")
 
     monkeypatch.setattr(build.torch.ops, "load_library", refuse)
     build._load(build.rule_library(10, 4))
-    assert loader.builds == 3
+    assert loader.builds == 4
     assert (tmp_path / "done").exists()
 
 

@@ -114,13 +114,12 @@ def _load(library: Library) -> Any:
     name = f"lightning_hrnn_{digest.hexdigest()[:16]}"
     directory = Path(loader._get_build_directory(name, verbose=False))
     built, done = directory / f"{name}.so", directory / "done"
-    if done.exists() and _loaded(built):  # without the lock, for which a folder that can only be read has no place
+    if _loaded(built, done):  # without the lock, for which a folder that can only be read has no place
         return getattr(torch.ops, name)
     with _alone(directory / "building"):
-        if done.exists():
-            if _loaded(built):  # by who held the lock before
-                return getattr(torch.ops, name)
-            done.unlink()  # damaged, or gone: build it again
+        if _loaded(built, done):  # by who held the lock before
+            return getattr(torch.ops, name)
+        done.unlink(missing_ok=True)  # damaged, or gone: build it again
         # Nobody else is building: what lies here, torch's own lock included, is from a process that died.
         for remains in (directory / "lock", built, *directory.glob("*.o")):
             remains.unlink(missing_ok=True)
@@ -134,13 +133,15 @@ def _load(library: Library) -> Any:
                 build_directory=str(directory),
                 is_python_module=False,
             )
-        done.touch()
+        done.write_text(str(built.stat().st_size))
     return getattr(torch.ops, name)
 
 
-def _loaded(library: Path) -> bool:
-    """Load a library, if it is there and whole."""
+def _loaded(library: Path, done: Path) -> bool:
+    """Load a library, if it is there and whole: of the size that is noted, since one cut short may kill the process."""
     try:
+        if done.read_text() not in ("", str(library.stat().st_size)):  # nothing was noted before
+            return False
         torch.ops.load_library(str(library))
     except OSError:
         return False
