@@ -300,8 +300,13 @@ def test_the_learned_rates_are_recorded():
     outcome = Trial(SMALL, "wide-relu-mlp", OURS).run(Learned(load_pretrained()))
     assert outcome.steps == [1, 2, 3, 4]
     assert [len(rates) for rates in outcome.rates] == [4] * 4
-    first = load_pretrained().card["initial_rate"]
-    assert all(first / 2 < rate < first * 2 for rate in outcome.rates[0])
+    rule = load_pretrained()
+    population = Population([SMALL.draw("wide-relu-mlp", "report", SMALL.seeds)])
+    sizes = population.param_rms(population.initial_params()).view(4, SMALL.seeds).mean(1)
+    for rate, size in zip(outcome.rates[0], sizes.tolist(), strict=True):  # after the first step: see `BoundedRate`
+        larger = math.hypot(size, rule.config.size_floor) / rule.config.size_floor
+        first = rule.card["initial_rate"] * larger**rule.config.size_exponent
+        assert first / 2 < rate < first * 2
     with pytest.raises(ValueError, match="learned optimizer"):
         Trial(SMALL, "wide-relu-mlp", OURS).run()
 
