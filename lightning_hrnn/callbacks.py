@@ -271,7 +271,8 @@ def configure_hrnn(module: LightningModule, make_callback: MakeCallback) -> Ligh
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> module = configure_hrnn(BoringModel(), lr=0.5)
-        >>> type(module.configure_optimizers()[0][0]).__name__
+        >>> (optimizer,), schedulers = module.configure_optimizers()
+        >>> type(optimizer).__name__
         'HRNN'
     """
     target = getattr(module, "_orig_mod", module)  # of torch.compile

@@ -22,8 +22,8 @@ def cooldown(step: float, steps: float, share: float = SHARE) -> float:
         share: of the run that the cosine takes, from 0 to 1.
 
     Example:
-        >>> [round(cooldown(step, 100), 3) for step in (0, 50, 75, 99, 100, 200)]
-        [1.0, 1.0, 0.5, 0.001, 0.0, 0.0]
+        >>> tuple(round(cooldown(step, 100), 3) for step in (0, 50, 75, 99, 100, 200))
+        (1.0, 1.0, 0.5, 0.001, 0.0, 0.0)
     """
     left = max(0.0, 1 - step / steps)
     if share == 0:
