@@ -23,6 +23,14 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def double_precision():
+    """Make double precision torch's default."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def no_process_left():
     """End the processes that a failed or timed-out test left behind: pytest would wait for them at its own end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -28,13 +27,6 @@ STEPS = 12
 SMALL = RuleConfig(
     param_hidden=2, tensor_hidden=2, global_hidden=2, timescales=2, drift_inputs=("tensor", "means", "global")
 )
-
-
-@pytest.fixture
-def double_precision() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def make_rule(config: RuleConfig = SMALL) -> HierarchicalRNN:

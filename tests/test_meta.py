@@ -194,13 +194,6 @@ def test_first_order_takes_gradients_as_constants(double_precision: None) -> Non
     assert torch.cosine_similarity(grads[0], grads[1], dim=0) > 0.5
 
 
-@pytest.fixture
-def double_precision() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def pes_pool(rule: HierarchicalRNN, places: int = 4) -> TaskPool:
     pool = TaskPool(places, Lives(1000, 1000, 1000, 1), rates=(1e-2, 1e-2))
     pool.refill(TaskStream(Parabola(), 2, 0), rule, 0, "cpu")

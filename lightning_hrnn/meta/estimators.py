@@ -157,8 +157,7 @@ class PES:
         return Estimate(surrogate(rule, list(rule.parameters()), estimate, value), ordered)
 
     def _draw(self, like: Tensor, index: int, pair: int) -> Tensor:  # [W]
-        seed = hash((self.seed, index, pair)) & (2**62 - 1)
-        generator = torch.Generator(like.device).manual_seed(seed)
+        generator = perturbations(like.device, self.seed, index, pair)
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
     def _both_ways(
@@ -222,6 +221,11 @@ class _Twin:
 
     progress: Progress
     noise: Tensor  # [W]
+
+
+def perturbations(device: torch.device, *key: int) -> torch.Generator:
+    """Return a source of perturbations that depends on its key alone: a seed, the number of the window, and so on."""
+    return torch.Generator(device).manual_seed(hash(key) & (2**62 - 1))
 
 
 @torch.enable_grad()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_hrnn.meta.estimators import Estimate, Window, surrogate
+from lightning_hrnn.meta.estimators import Estimate, Window, perturbations, surrogate
 from lightning_hrnn.meta.population import Population
 from lightning_hrnn.meta.truncation import TaskPool, schedule_of
 from lightning_hrnn.meta.unroll import begin, unroll
@@ -66,8 +66,8 @@ class RateEvolution:
         length = max(1, round(window.steps * self.shares[window.index % len(self.shares)]))
         places = [replace(place, tasks=place.tasks.repeat(2), life=length) for place in pool]
         population = Population([place.tasks for place in places])
-        generator = torch.Generator(rule.rate.drift.device).manual_seed(hash((self.seed, window.index)) & (2**62 - 1))
-        noises = [self._draw(rule.rate, place.tasks.count, generator) for place in pool]
+        generator = perturbations(rule.rate.drift.device, self.seed, window.index)
+        noises = [_draw(rule.rate, place.tasks.count, generator) for place in pool]
         probe = perturbed(rule, population, self.sigma * torch.cat([torch.cat([e, -e], 1) for e in noises], 1))
         losses = unroll(
             probe,
@@ -89,10 +89,6 @@ class RateEvolution:
         value = torch.stack([score.mean() for score in scores]).mean()
         moved = [rule.rate.drift, rule.rate.drift_bias]
         return Estimate(surrogate(rule, moved, estimate, value), [score[None] for score in scores])
-
-    def _draw(self, rate: BoundedRate, count: int, generator: torch.Generator) -> Tensor:  # [D, B]
-        like = rate.drift
-        return torch.randn(len(like) + 1, count, generator=generator, device=like.device, dtype=like.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: no run outlasts its window."""
@@ -116,6 +112,11 @@ def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> H
     probe.rate.drift = nn.Parameter(probe.rate.drift + of_tensors[:-1], requires_grad=False)
     probe.rate.drift_bias = nn.Parameter(probe.rate.drift_bias + of_tensors[-1], requires_grad=False)
     return probe
+
+
+def _draw(rate: BoundedRate, count: int, generator: torch.Generator) -> Tensor:  # [D, B]
+    like = rate.drift
+    return torch.randn(len(like) + 1, count, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def _first_log_rates(pool: TaskPool) -> Tensor:
