@@ -77,14 +77,21 @@ LAYOUTS = {
 }
 
 
+RULES = {
+    "direction": {},
+    "attention": {"readouts": ("direction", "attention")},
+    "unscaled": {"readouts": ("direction", "attention"), "without": ("output_scaling",)},
+}
+
+
 @needs_compiler
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("readouts", [("direction",), ("direction", "attention")], ids="-".join)
+@pytest.mark.parametrize("changes", RULES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)], ids=str)
-def test_param_level_equals_the_rule(layout, readouts, dtype, tolerance):
+def test_param_level_equals_the_rule(layout, changes, dtype, tolerance):
     """Updates, states and meta-gradients after 25 steps, tensors at their first and at later steps side by side."""
     sizes, models = LAYOUTS[layout]
-    rule = random_rule(dtype, readouts=readouts)
+    rule = random_rule(dtype, **RULES[changes])
     flat = Layout.of(sizes, models, dtype=dtype)
     grads, ages = wild_gradients(25, sum(sizes), dtype), torch.arange(len(sizes)) % 2
     expected = unroll(rule, None, grads, flat, ages)
@@ -102,9 +109,10 @@ def test_param_level_equals_the_rule(layout, readouts, dtype, tolerance):
 
 
 @needs_compiler
-def test_param_level_gradients_of_inputs():
+@pytest.mark.parametrize("changes", RULES)
+def test_param_level_gradients_of_inputs(changes):
     """Gradients with respect to gradient, state and bias, as second order meta-training needs them."""
-    rule, layout = random_rule(torch.float64), Layout.of(SIZES, dtype=torch.float64)
+    rule, layout = random_rule(torch.float64, **RULES[changes]), Layout.of(SIZES, dtype=torch.float64)
     count, tensors = sum(SIZES), len(SIZES)
     state = rule.init(layout, torch.linspace(-2, 2, tensors, dtype=torch.float64))
     leaves = {
@@ -188,7 +196,13 @@ def test_nothing_is_kept_without_gradients():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"direction": "additive"}, {"rate": "smoothed"}, {"features": ("scaled_gradient",)}, {"param_hidden": 40}],
+    [
+        {"direction": "additive"},
+        {"rate": "smoothed"},
+        {"features": ("scaled_gradient",)},
+        {"without": ("input_scaling",)},
+        {"param_hidden": 40},
+    ],
     ids=str,
 )
 def test_unsupported_rules_run_by_themselves(changes):
@@ -293,12 +307,12 @@ STATE_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 4e-2}
 
 
 @needs_compiler
-@pytest.mark.parametrize("readouts", [("direction",), ("direction", "attention")], ids="-".join)
+@pytest.mark.parametrize("changes", RULES)
 @pytest.mark.parametrize("state_dtype", list(STATE_TOLERANCE), ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_step_equals_the_eager_step(dtype, state_dtype, readouts, monkeypatch):
+def test_step_equals_the_eager_step(dtype, state_dtype, changes, monkeypatch):
     """Parameters, state and lookaheads after many steps, over shapes, layouts in memory and types."""
-    rule = random_rule(torch.float32, readouts=readouts)
+    rule = random_rule(torch.float32, **RULES[changes])
     expected, expected_params = train(EagerKernel(), SHAPES, dtype, state_dtype, rule, monkeypatch)
     actual, params = train(cpp.CppKernel(), SHAPES, dtype, state_dtype, rule, monkeypatch)
     _, start = train(None, SHAPES, dtype, state_dtype, rule, monkeypatch, steps=0)

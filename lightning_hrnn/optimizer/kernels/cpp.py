@@ -43,8 +43,8 @@ def why_unsupported(rule: HierarchicalRNN) -> str | None:
     config = rule.config
     if config.direction != "gated" or config.rate != "bounded":
         return "The compiled kernels know the gated direction with the bounded rate only."
-    if {"input_scaling", "output_scaling"} & {*config.without}:
-        return "The compiled kernels scale inputs and outputs."
+    if "input_scaling" in config.without:
+        return "The compiled kernels scale inputs."
     if config.features != tuple(FEATURES):
         return f"The compiled kernels know the features {list(FEATURES)} in this order only."
     if config.param_hidden > MOST_HIDDEN or not 2 <= config.timescales <= MOST_TIMESCALES:
@@ -82,6 +82,7 @@ def param_level(rule: HierarchicalRNN, grad: Tensor, state: RuleState, bias: Ten
         library,
         config.momentary_bound,
         len(config.readouts),
+        "output_scaling" not in config.without,
         layout.params_in,
         grad,
         state.hidden,
@@ -118,15 +119,15 @@ class _ParamLevel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, library: Any, bound: float, readouts: int, params_in: Tensor, *inputs: Tensor
+        ctx: Any, library: Any, bound: float, readouts: int, scales: bool, params_in: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         inputs = tuple(value.contiguous() for value in inputs)
         grad, hidden, average, square, above, meta = inputs
         *outputs, steps, inverse_rms = library.param_level(
-            grad, hidden, average, square, above, params_in, meta, bound, readouts
+            grad, hidden, average, square, above, params_in, meta, bound, readouts, scales
         )
         ctx.set_materialize_grads(False)
-        ctx.library, ctx.bound = library, bound
+        ctx.library, ctx.bound, ctx.scales = library, bound, scales
         ctx.save_for_backward(*inputs[:5], params_in, meta, steps, inverse_rms)
         return *outputs, steps
 
@@ -134,12 +135,12 @@ class _ParamLevel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *to_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         given = [None if value is None else value.contiguous() for value in to_outputs]
-        with_grad = ctx.needs_input_grad[4]
+        with_grad = ctx.needs_input_grad[5]
         to_grad, hidden, average, square, above, meta = ctx.library.param_level_backward(
-            *given, *ctx.saved_tensors, ctx.bound, with_grad
+            *given, *ctx.saved_tensors, ctx.bound, ctx.scales, with_grad
         )
         above = torch.cat([above, torch.zeros_like(above[:1])])  # no gradient flows through `remembers`
-        return None, None, None, None, to_grad if with_grad else None, hidden, average, square, above, meta
+        return None, None, None, None, None, to_grad if with_grad else None, hidden, average, square, above, meta
 
 
 class Pending(NamedTuple):

@@ -59,7 +59,7 @@ using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Six param_level(
     const Tensor& grad, const Tensor& hidden, const Tensor& average, const Tensor& square, const Tensor& above,
-    const Tensor& params_in, const Tensor& meta, double bound, int64_t readouts) {
+    const Tensor& params_in, const Tensor& meta, double bound, int64_t readouts, bool scales) {
     const Offsets offsets = offsets_of(params_in);
     const int64_t params = offsets.back(), tensors = params_in.numel();
     check(grad, 1, params, grad);
@@ -79,7 +79,7 @@ Six param_level(
         forward<T, R>(
             *rule,
             {from(grad), {from(hidden), from(average), from(square)}, from(above),
-             {to(hidden_out), to(average_out), to(square_out)}, to(pooled), to(steps), to(inverse_rms)},
+             {to(hidden_out), to(average_out), to(square_out)}, to(pooled), to(steps), to(inverse_rms), scales},
             offsets);
     });
     return made;
@@ -89,7 +89,7 @@ Six param_level_backward(
     const MaybeTensor& to_hidden, const MaybeTensor& to_average, const MaybeTensor& to_square,
     const MaybeTensor& to_pooled, const MaybeTensor& to_steps, const Tensor& grad, const Tensor& hidden,
     const Tensor& average, const Tensor& square, const Tensor& above, const Tensor& params_in, const Tensor& meta,
-    const Tensor& steps, const Tensor& inverse_rms, double bound, bool with_grad) {
+    const Tensor& steps, const Tensor& inverse_rms, double bound, bool scales, bool with_grad) {
     const Offsets offsets = offsets_of(params_in);
     const int64_t params = offsets.back(), tensors = params_in.numel(), readouts = steps.size(0);
     const auto check_given = [&](const MaybeTensor& value, int64_t rows, int64_t columns) {
@@ -109,7 +109,7 @@ Six param_level_backward(
         const auto& [out_grad, out_hidden, out_average, out_square, out_above, out_rule] = made;
         backward<T, R>(
             *rule,
-            {from(grad), {from(hidden), from(average), from(square)}, from(above), from(steps), from(inverse_rms),
+            {from(grad), {from(hidden), from(average), from(square)}, from(above), from(steps), from(inverse_rms), scales,
              {data<T>(to_hidden), data<T>(to_average), data<T>(to_square)}, data<T>(to_pooled), data<T>(to_steps),
              with_grad ? to(out_grad) : nullptr, {to(out_hidden), to(out_average), to(out_square)}, to(out_above),
              to(out_rule)},

@@ -19,7 +19,8 @@ template <class T> struct Forward {
     State<T> after;
     T* pooled;                                   // [H + F, T]
     T* steps;                                    // [R, P]
-    T* inverse_rms;                              // [R, T]
+    T* inverse_rms;                              // [R, T] ones where the rule does not scale directions
+    bool scales;
 };
 
 template <class T> struct Backward {
@@ -27,6 +28,7 @@ template <class T> struct Backward {
     State<const T> before;
     const T* above;
     const T *steps, *inverse_rms;                // as made by the forward step
+    bool scales;
     State<const T> to_after;                     // gradients that come in
     const T *to_pooled, *to_steps;
     T* to_grad;                                  // gradients that go out
@@ -134,8 +136,10 @@ template <class T, int R> void forward(const Weights<T, R>& rule, const Forward<
         const T share = T(1) / T(offsets[t + 1] - offsets[t]);
         for (int i = 0; i < H + F; i++) io.pooled[i * tensors + t] = sums[t][i] * share;
         for (int r = 0; r < R; r++)
-            io.inverse_rms[r * tensors + t] = 1 / std::sqrt(sums[t][H + F + r] * share + T(RMS_FLOOR));
+            io.inverse_rms[r * tensors + t] =
+                io.scales ? 1 / std::sqrt(sums[t][H + F + r] * share + T(RMS_FLOOR)) : T(1);
     }
+    if (!io.scales) return;
     each_chunk(chunks_of(params), [&](int64_t chunk, Nothing&) {
         int64_t tensor = tensor_at(offsets, chunk * CHUNK);
         const int64_t end = std::min(params, (chunk + 1) * CHUNK);
@@ -209,7 +213,7 @@ template <class T, int R> void backward(const Weights<T, R>& rule, const Backwar
     constexpr int SUMMED = TileGrad<T, R>::SUMMED;
     const int64_t params = offsets.back(), tensors = offsets.size() - 1, chunks = chunks_of(params);
     TensorSums<T, R> products(offsets);
-    if (io.to_steps) add_step_products<T, R>(io, offsets, products);
+    if (io.to_steps && io.scales) add_step_products<T, R>(io, offsets, products);
     TensorSums<T, SUMMED> sums(offsets);
     std::vector<T> to_rule(chunks * At::SIZE);
     const std::vector<T> told = told_to_params(rule, io.above, tensors);
