@@ -25,7 +25,9 @@ SHAPES = [(), (1,), (7,), (0,), (3, 0), (5, 4), (2, 3, 2, 3), (4, 1, 1, 6)]
 MEMORY = ["contiguous", "turned", "strided", "channels last"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RULES = {
-    "attention": RuleConfig(readouts=("direction", "attention")),
+    "attention": RuleConfig(
+        readouts=("direction", "attention"), peak_exponent=0.5, peak_memory=3.0, drift_inputs=("tensor", "peak")
+    ),
     "paper": RuleConfig.preset("paper"),
     "mixed": RuleConfig(rate="smoothed", features=("scaled_gradient", "relative_rate"), timescales=2),
 }
@@ -70,7 +72,7 @@ class Reference:
         rms = torch.stack([param.square().mean().sqrt() for param in params])
         output = self.rule(flat, rms, state, layout)
         self.global_hidden = output.state.global_hidden
-        of_tensors = {"tensor_hidden", "age"} | (set() if self.rule.rate_per_param else {"log_rate"})
+        of_tensors = {"tensor_hidden", "age", "log_peak"} | (set() if self.rule.rate_per_param else {"log_rate"})
         for place, index in enumerate(moving):
             for key in self.states[index].keys() - {"global_hidden"}:
                 own = layout.tensor_of == place if key not in of_tensors else [place]

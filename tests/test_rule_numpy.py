@@ -31,6 +31,10 @@ RULES = {
         "default",
         {"drift_inputs": ("tensor", "means", "global"), "size_exponent": 0.6, "size_bound": 0.02},
     ),
+    "slowing": (
+        "default",
+        {"peak_exponent": 0.6, "peak_memory": 3, "drift_inputs": ("tensor", "peak")},
+    ),
     "without scaling": ("default", {"without": ("input_scaling", "output_scaling")}),
     "without levels": ("default", {"without": ("tensor_level", "global_level", "gradient_shortcut")}),
     "without the global level": ("paper", {"without": ("global_level", "gradient_shortcut")}),
@@ -90,6 +94,7 @@ class Equations:
                 "t": self.w["tensor_rnn.initial"],
                 "age": 0,
                 "l": log_rate,
+                "peak": 1e-15,
                 "params": [
                     {
                         "h": self.w["param_rnn.initial"],
@@ -174,6 +179,11 @@ class Equations:
                 own = tensor["l"] if self.config.rate == "bounded" else param["l"]
                 results.append(self.step_param(param, g, bias, tensor["age"] == 0, own - mean_log_rate))
                 rates.append(math.exp(own))
+            size = math.sqrt(sum(g**2 for g in tensor_grads) / count + 1e-30)
+            size = min(size, 1e15)
+            tensor["peak"] = max(tensor["peak"] * math.exp(-1 / self.config.peak_memory), size)
+            tensor["below"] = math.log(size / tensor["peak"])
+            rates = [rate * math.exp(self.config.peak_exponent * tensor["below"]) for rate in rates]
             for r in range(len(self.config.readouts)):
                 size = math.sqrt(sum(d[r] ** 2 for _, d, _ in results) / count + 1e-20)
                 size = 1.0 if "output_scaling" in self.config.without else size
@@ -193,7 +203,7 @@ class Equations:
             if "tensor_level" not in config.without:
                 tensor["t"] = self.gru("tensor_rnn", tensor["x"], tensor["t"], w["global_to_tensor"] @ self.u)
             if config.rate == "bounded":
-                seen = {"tensor": tensor["t"], "means": tensor["x"], "global": self.u}
+                seen = {"tensor": tensor["t"], "means": tensor["x"], "global": self.u, "peak": [tensor["below"]]}
                 seen = np.clip(np.concatenate([seen[name] for name in config.drift_inputs]), -5.0, 5.0)
                 direction = math.tanh(w["rate.drift"][:, 0] @ seen + w["rate.drift_bias"][0])
                 rise = config.drift_rise if tensor["age"] < config.drift_horizon else 0.0
@@ -253,6 +263,8 @@ def test_rule_equals_its_equations(name):
         "global_hidden": np.stack([reference.u for reference in references], 1),
         "age": np.full(len(SIZES), float(STEPS)),
     }
+    if rule.keeps_peak:
+        expected_state["log_peak"] = np.log([tensor["peak"] for tensor in tensors])
     for key, expected in expected_state.items():
         np.testing.assert_allclose(getattr(state, key).detach().numpy(), expected, rtol=1e-9, atol=1e-13, err_msg=key)
 

@@ -31,7 +31,9 @@ pytestmark = [
 
 RULES = {
     "default": RuleConfig(),
-    "attention": RuleConfig(readouts=("direction", "attention")),
+    "attention": RuleConfig(
+        readouts=("direction", "attention"), peak_exponent=0.5, peak_memory=3.0, drift_inputs=("tensor", "peak")
+    ),
     "paper": RuleConfig.preset("paper"),
     "mixed": RuleConfig(rate="smoothed", features=("scaled_gradient", "relative_rate")),
 }
@@ -164,7 +166,7 @@ def check_two_collectives_a_step(folder):
     pair = Pair()
     with mock.patch("torch.distributed.all_reduce", wraps=torch.distributed.all_reduce) as reduce:
         pair.step(0)
-    assert [call.args[0].numel() for call in reduce.call_args_list] == [len(SHARDS) + 1, (10 + 12 + 3) * len(SHARDS)]
+    assert [call.args[0].numel() for call in reduce.call_args_list] == [len(SHARDS) + 1, (10 + 12 + 4) * len(SHARDS)]
 
 
 def check_missing_gradients(folder):

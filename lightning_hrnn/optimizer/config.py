@@ -13,7 +13,7 @@ RATES = ("bounded", "smoothed")
 READOUTS = ("direction", "attention")
 TENSOR_FEATURES = ("relative_update",)
 PARTS = ("input_scaling", "output_scaling", "gradient_shortcut", "tensor_level", "global_level")
-DRIFT_INPUTS = ("tensor", "means", "global")
+DRIFT_INPUTS = ("tensor", "means", "global", "peak")
 POSITIVE = (
     "drift_rise",
     "drift_fall",
@@ -22,6 +22,7 @@ POSITIVE = (
     "size_floor",
     "size_bound",
     "momentary_bound",
+    "peak_memory",
 )
 
 
@@ -43,7 +44,8 @@ class RuleConfig:
             by their root mean square), `"output_scaling"` (directions are not divided by theirs), `"gradient_shortcut"`
             (a direction is the hidden state's alone), `"tensor_level"` or `"global_level"` (an RNN that says nothing).
         drift_inputs: `"bounded"` only: what the drift of a rate is read from: the state of the tensor RNN (`"tensor"`),
-            also the means that this RNN sees (`"means"`), and the state of the global RNN (`"global"`).
+            also the means that this RNN sees (`"means"`), the state of the global RNN (`"global"`), and how far the
+            gradient is below its peak (`"peak"`).
         drift_rise: `"bounded"` only: a tensor's rate rises at most like this power of the number of steps.
         drift_fall: `"bounded"` only: it falls at most like this power.
         drift_delay: `"bounded"` only: steps before these power laws set in.
@@ -55,6 +57,9 @@ class RuleConfig:
             this.
         size_bound: `"bounded"` only: a rate is at most this share of the tensor's size.
         momentary_bound: `"bounded"` only: a parameter's rate departs from its tensor's at most by this log factor.
+        peak_exponent: steps are multiplied by this power of the size of a tensor's gradient beside its largest recent
+            one; 0 makes every step as long as its rate.
+        peak_memory: steps in which that largest one fades to 1/e.
 
     Raises:
         ValueError: a name is unknown or a size is not positive.
@@ -79,6 +84,8 @@ class RuleConfig:
     size_floor: float = 0.03
     size_bound: float = 1e9
     momentary_bound: float = 2.0
+    peak_exponent: float = 0.0
+    peak_memory: float = 600.0
 
     def __post_init__(self) -> None:
         for field in ("features", "tensor_features", "readouts", "without", "drift_inputs"):
@@ -101,6 +108,8 @@ class RuleConfig:
                 raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
         if not 0 <= self.size_exponent <= 1:
             raise ValueError(f"size_exponent must be from 0 to 1, not {self.size_exponent}.")
+        if not 0 <= self.peak_exponent <= 1:
+            raise ValueError(f"peak_exponent must be from 0 to 1, not {self.peak_exponent}.")
         if self.drift_inputs[:1] != ("tensor",):
             raise ValueError("The drift of a rate needs the input 'tensor' first.")
         if self.readouts[:1] != ("direction",) or not self.features:

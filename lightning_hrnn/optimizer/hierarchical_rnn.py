@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.features import (
+    GRAD_LIMIT,
     Inputs,
     Layout,
     Moments,
@@ -36,6 +37,7 @@ from lightning_hrnn.optimizer.features import (
 GATE_BIAS = 2.2
 RMS_FLOOR = 1e-20
 PARAM_RMS_FLOOR = 1e-12
+GRAD_RMS_FLOOR = 1e-15
 LOG_RATE_RANGE = 33.0
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
@@ -51,6 +53,7 @@ class RuleState(NamedTuple):
     tensor_hidden: Tensor  # [H1, T]
     global_hidden: Tensor  # [H2, M]
     age: Tensor  # [T] steps taken
+    log_peak: Tensor  # [T] log of the largest recent gradient, see `gradient_peak`
 
     def detach(self) -> RuleState:
         """Cut the state from the graph that made it."""
@@ -287,8 +290,9 @@ class HierarchicalRNN(nn.Module):
         self.directions = nn.ModuleDict({name: direction(config) for name in config.readouts})
         for name in config.readouts[1:]:  # attention starts equal to the update
             self.directions[name].load_state_dict(self.directions["direction"].state_dict())
-        widths = {"tensor": h1, "means": tensor_inputs, "global": h2}
+        widths = {"tensor": h1, "means": tensor_inputs, "global": h2, "peak": 1}
         drift_inputs = sum(widths[name] for name in config.drift_inputs)
+        self.peak_exponent = config.peak_exponent
         self.rate = BoundedRate(config, drift_inputs) if config.rate == "bounded" else SmoothedRate(config)
         self._drop(config.without)
 
@@ -308,12 +312,18 @@ class HierarchicalRNN(nn.Module):
         copy = deepcopy(self)
         with torch.no_grad():
             copy.rate.stand_still()
+        copy.peak_exponent = 0.0
         return copy
 
     @property
     def rate_per_param(self) -> bool:
         """Tell whether every parameter has a log rate of its own, or every tensor."""
         return isinstance(self.rate, SmoothedRate)
+
+    @property
+    def keeps_peak(self) -> bool:
+        """Whether the rule compares gradients with their largest recent ones."""
+        return self.config.peak_exponent > 0 or "peak" in self.config.drift_inputs
 
     def init(self, layout: Layout, log_rate: Tensor | float) -> RuleState:
         """Return the state before the first step.
@@ -333,6 +343,7 @@ class HierarchicalRNN(nn.Module):
             tensor_hidden=self.tensor_rnn.initial_state(tensors),
             global_hidden=self.global_rnn.initial_state(len(layout.tensors_in)),
             age=like.new_zeros(tensors),
+            log_peak=like.new_full((tensors,), math.log(GRAD_RMS_FLOOR)),
         )
 
     def forward(
@@ -355,12 +366,16 @@ class HierarchicalRNN(nn.Module):
         param = (engine or HierarchicalRNN.param_level)(self, grad, state, self.param_bias(state, layout), layout)
         rate = state.log_rate.exp()
         rates = rate if self.rate_per_param else layout.to_params(rate)
+        below = None
+        if self.keeps_peak:
+            log_peak, below = self.gradient_peak(layout.mean_per_tensor(grad.detach().square()), state.log_peak)
+            state, rates = state._replace(log_peak=log_peak), rates * layout.to_params(self.slowing(below))
         steps = param.steps * rates  # [R, P]
         return RuleOutput(
             update=steps[0],
             lookahead=steps[1] if len(steps) > 1 else None,
             rate=rate,
-            state=self.upper_levels(param, param_rms, state, layout),
+            state=self.upper_levels(param, param_rms, state, layout, below),
         )
 
     def param_bias(self, state: RuleState, layout: Layout) -> Tensor:
@@ -414,11 +429,39 @@ class HierarchicalRNN(nn.Module):
         factor, next_log_rate = self.rate.factor(hidden, log_rate)
         return ParamStep(hidden, moments.average, moments.square, x, directions, factor, next_log_rate)
 
+    def gradient_peak(self, mean_square: Tensor, log_peak: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare each tensor's gradient with its largest recent one.
+
+        A step has the size of its rate, however small the gradient has become. Where a loss is smooth, steps should
+        become small with the gradient; for want of that a rule walks to and fro around a minimum until its rate falls.
+
+        Args:
+            mean_square: of the gradient over each tensor. [T]
+            log_peak: log of the largest root mean square so far, which fades with time. [T]
+
+        Returns:
+            the next `log_peak` `[T]`, and how far below it the gradient is, as a log not above 0 `[T]`.
+        """
+        rms = (mean_square + GRAD_RMS_FLOOR**2).sqrt().clamp(max=GRAD_LIMIT)
+        log_peak = torch.maximum(log_peak - 1 / self.config.peak_memory, rms.log())
+        return log_peak, rms.log() - log_peak
+
+    def slowing(self, below: Tensor) -> Tensor:  # [T] -> [T]
+        """Return what steps are multiplied by, where gradients are so far below their peak."""
+        return (self.peak_exponent * below).exp()
+
     def mean_log_rate(self, state: RuleState, layout: Layout) -> Tensor:
         """Average the log rate over each tensor, and that over the model. [T]"""
         return layout.to_tensors(layout.mean_per_model(tensor_log_rate(state, layout)))
 
-    def upper_levels(self, param: ParamLevel, param_rms: Tensor, state: RuleState, layout: Layout) -> RuleState:
+    def upper_levels(
+        self,
+        param: ParamLevel,
+        param_rms: Tensor,  # [T]
+        state: RuleState,  # before the step, but for `log_peak`
+        layout: Layout,
+        below: Tensor | None = None,  # [T] see `gradient_peak`, where the rule asks for it
+    ) -> RuleState:
         """Step the tensor RNN, the global RNN and the rates, and gather the next state."""
         x = param.pooled
         if self.config.tensor_features:
@@ -432,6 +475,8 @@ class HierarchicalRNN(nn.Module):
         log_rate = state.log_rate if param.log_rate is None else param.log_rate
         if isinstance(self.rate, BoundedRate):
             seen = {"tensor": tensor_hidden, "means": x, "global": layout.to_tensors(state.global_hidden)}
+            if below is not None:
+                seen["peak"] = below[None]
             inputs = torch.cat([seen[name] for name in self.config.drift_inputs]).clamp(-INPUT_RANGE, INPUT_RANGE)
             log_rate = self.rate.drifted(state, inputs, param_rms)
         return RuleState(
@@ -442,6 +487,7 @@ class HierarchicalRNN(nn.Module):
             tensor_hidden=tensor_hidden,
             global_hidden=global_hidden,
             age=state.age + 1,
+            log_peak=state.log_peak,
         )
 
 

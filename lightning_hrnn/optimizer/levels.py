@@ -18,6 +18,7 @@ from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel, RuleState
 from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, where
 from lightning_hrnn.optimizer.sharding import Ranks, local
+from lightning_hrnn.optimizer.state import LOG_PEAK
 
 GROUP_SIZE = 4_194_304  # parameters measured before they are applied: bounds what lies between the two passes
 
@@ -34,14 +35,15 @@ class Totals:
 
     def __init__(self, rule: HierarchicalRNN, work: Sequence[TensorWork]) -> None:
         like = rule.param_rnn.gate_weight
-        self.scales = "output_scaling" not in rule.config.without
-        self.rows = [like.shape[1], len(rule.directions), 1, 1]
+        self.rows = [like.shape[1], len(rule.directions), 1, 1, 1]
         self.values = like.new_zeros(sum(self.rows), len(work))
+        if rule.keeps_peak:
+            self.values[-2] = torch.stack([_square(tensor.grad) for tensor in work])
         self.values[-1] = _counts(tuple(tensor.param.numel() for tensor in work), like.device)
 
     def put(self, part: slice, sums: Sums) -> None:
         """Note the sums of some tensors."""
-        self.values[:-1, part] = torch.cat([sums.pooled, sums.squares, sums.param_square[None]])
+        self.values[:-2, part] = torch.cat([sums.pooled, sums.squares, sums.param_square[None]])
 
     @property
     def count(self) -> Tensor:
@@ -50,15 +52,29 @@ class Totals:
 
     def means(self) -> Sums:
         """Divide by the count."""
-        pooled, squares, param_square, _ = (self.values / self.count).split(self.rows)
+        pooled, squares, param_square, *_ = (self.values / self.count).split(self.rows)
         return Sums(pooled, squares, param_square[0])
 
-    def inverse_rms(self, part: slice) -> Tensor:
-        """Return what makes the root mean square of directions one, if the rule scales outputs. [R, T of the part]"""
-        squares = self.values.split(self.rows)[1]
-        if not self.scales:
-            return torch.ones_like(squares[:, part])
-        return (squares[:, part] / self.count[part] + RMS_FLOOR).rsqrt()
+    def grad_square(self, part: slice = slice(None)) -> Tensor:
+        """Return the mean square of gradients, where the rule asks for it; else zeros. [T of the part]"""
+        return self.values[-2, part] / self.count[part]
+
+    def scales(self, rule: HierarchicalRNN, log_peak: Tensor, part: slice) -> Tensor:
+        """Return what directions are multiplied by, before their rate. [R, T of the part]
+
+        Args:
+            rule: the update rule.
+            log_peak: see `HierarchicalRNN.gradient_peak`. [T]
+            part: of the tensors.
+        """
+        squares = self.values.split(self.rows)[1][:, part]
+        scales = torch.ones_like(squares)
+        if "output_scaling" not in rule.config.without:
+            scales = (squares / self.count[part] + RMS_FLOOR).rsqrt()
+        if rule.keeps_peak:
+            _, below = rule.gradient_peak(self.grad_square(part), log_peak[part])
+            scales = scales * rule.slowing(below)
+        return scales
 
 
 def passes(work: Sequence[TensorWork], together: bool) -> Iterable[list[slice]]:
@@ -116,7 +132,14 @@ def upper_state(states: States, rule: HierarchicalRNN, ranks: Ranks) -> RuleStat
         tensor_hidden=torch.stack([state["tensor_hidden"] for state in states], 1),
         global_hidden=states[0]["global_hidden"][:, None],
         age=torch.stack([state["age"] for state in states]),
+        log_peak=torch.stack([state.get(LOG_PEAK, state["age"]) for state in states]),
     )
+
+
+def _square(grad: Tensor) -> Tensor:
+    """Sum the squares of a gradient, in single precision; beyond its range the sum is infinite."""
+    wide = None if grad.dtype in (torch.float32, torch.float64) else torch.float32
+    return torch.linalg.vector_norm(grad, dtype=wide).float().square()
 
 
 def tensor_log_rates(states: States, rule: HierarchicalRNN, ranks: Ranks) -> Tensor:
@@ -138,7 +161,7 @@ def from_above(rule: HierarchicalRNN, state: RuleState, layout: Layout) -> FromA
 def step_upper_levels(
     rule: HierarchicalRNN,
     before: RuleState,
-    means: Sums,
+    totals: Totals,
     layout: Layout,
     states: States,
     model: States,
@@ -149,18 +172,25 @@ def step_upper_levels(
     Args:
         rule: the update rule.
         before: what these levels remember.
-        means: over each tensor, of the param level.
+        totals: over each tensor.
         layout: of the tensors.
         states: of the tensors that move.
         model: of all tensors, which share the global state.
         proceed: see `FromAbove`.
     """
-    empty = before.hidden
+    empty, means = before.hidden, totals.means()
     level = ParamLevel(empty, empty, empty, means.pooled, empty, log_rate=None)
-    after = rule.upper_levels(level, means.param_square.sqrt(), before, layout)
+    below = None
+    if rule.keeps_peak:
+        log_peak, below = rule.gradient_peak(totals.grad_square(), before.log_peak)
+    else:
+        log_peak = before.log_peak
+    after = rule.upper_levels(level, means.param_square.sqrt(), before._replace(log_peak=log_peak), layout, below)
     after = RuleState(*(where(proceed, *values) for values in zip(after, before, strict=True)))
     for key, values in (("tensor_hidden", after.tensor_hidden.unbind(1)), ("age", after.age.unbind())):
         torch._foreach_copy_([state[key] for state in states], list(values))
+    if rule.keeps_peak:
+        torch._foreach_copy_([state[LOG_PEAK] for state in states], list(after.log_peak.unbind()))
     if not rule.rate_per_param:
         torch._foreach_copy_([state["log_rate"] for state in states], list(after.log_rate.unbind()))
     torch._foreach_copy_([state["global_hidden"] for state in model], [after.global_hidden[:, 0]] * len(model))

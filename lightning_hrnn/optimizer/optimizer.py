@@ -280,8 +280,8 @@ class HRNN(Optimizer):
                 pending.append(left)
             self._ranks.sum(totals.values)
             for part, left in zip(parts, pending, strict=True):
-                kernel.apply(work[part], left, totals.inverse_rms(part))
-        step_upper_levels(rule, before, totals.means(), layout, states, list(self.state.values()), proceed)
+                kernel.apply(work[part], left, totals.scales(rule, before.log_peak, part))
+        step_upper_levels(rule, before, totals, layout, states, list(self.state.values()), proceed)
         increment_version([param for param in params if is_sharded(param)])  # their shards have moved
 
     # ------------------------------------------------------------------ attention

@@ -11,6 +11,7 @@ All in single precision unless `state_dtype` says otherwise:
 `global_hidden` `[H2]`          global RNN: one for the model, repeated with each tensor
 `age`           `[]`            steps this tensor has taken
 `lookahead`     `[*shape]`      with attention only: true weights less the attended ones
+`log_peak`      `[]`            of rules that ask for it only: log of the largest recent gradient
 =============== =============== ================================================
 
 What has `shape` in it is sharded as the parameter is, see `sharding`; the rest is whole, and equal, on every rank.
@@ -18,18 +19,20 @@ What has `shape` in it is sharded as the parameter is, see `sharding`; the rest 
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.hierarchical_rnn import GRAD_RMS_FLOOR, HierarchicalRNN
 from lightning_hrnn.optimizer.sharding import converted, local, sharded_like
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 STATE_KEYS = ("hidden", "average", "square", "log_rate", "tensor_hidden", "global_hidden", "age")
 LOOKAHEAD = "lookahead"
+LOG_PEAK = "log_peak"
 NOTE = "hrnn"  # of a saved state: the weights it belongs to, and the steps skipped
 FALLBACK_LR = "fallback_lr"  # in that note: the state is AdamW's, which the optimizer fell back to
 
@@ -58,6 +61,8 @@ def initial_state(
     }
     if "attention" in config.readouts:
         state[LOOKAHEAD] = sharded_like(param, torch.zeros_like(shard, memory_format=torch.contiguous_format))
+    if rule.keeps_peak:
+        state[LOG_PEAK] = torch.full((), math.log(GRAD_RMS_FLOOR), **one)
     return state
 
 

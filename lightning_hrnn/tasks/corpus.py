@@ -1,7 +1,7 @@
 """Corpora: named, versioned, weighted mixtures of registered task families.
 
 Convolutional nets, recurrent nets and real data sets never enter a corpus: they are what the rule is judged on. Batch
-norm and attention stay out as well, of all but `wide`.
+norm and attention stay out as well, of all but `wide` and `full`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _equal(names: Iterable[str], weight: float = 1.0) -> dict[str, float]:
 
 LARGE = {"quadratic-large": 0.1}  # up to 2048 x 2048 numbers an instance: kept, but rare
 
-EXTENDED = _equal((name for name in released.RELEASED if name != "quadratic-large"), 0.15) | {
+SMALL_RELEASED = [name for name in released.RELEASED if name not in LARGE]
+
+EXTENDED = _equal(SMALL_RELEASED, 0.15) | {
     "random-quadratic": 1.0,
     "random-bowl": 0.5,
     "rescaled-quadratic": 0.5,
@@ -92,6 +94,8 @@ EXTENDED = _equal((name for name in released.RELEASED if name != "quadratic-larg
     "embedding-mlp": 1.0,
     "augmented-network": 4.0,
 }
+
+WIDE = EXTENDED | {"batch-norm-mlp": 3.0, "attention": 4.0}
 
 CORPORA: dict[str, Corpus] = {
     corpus.name: corpus
@@ -117,6 +121,7 @@ CORPORA: dict[str, Corpus] = {
         ),
         Corpus("released", "1", _equal(released.RELEASED) | LARGE),
         Corpus("extended", "2", EXTENDED),
-        Corpus("wide", "1", EXTENDED | {"batch-norm-mlp": 3.0, "attention": 4.0}),
+        Corpus("wide", "1", WIDE),
+        Corpus("full", "1", WIDE | _equal(SMALL_RELEASED, 0.5)),
     )
 }
