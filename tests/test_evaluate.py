@@ -305,7 +305,7 @@ def test_the_learned_rates_are_recorded():
     sizes = population.param_rms(population.initial_params()).view(4, SMALL.seeds).mean(1)
     for rate, size in zip(outcome.rates[0], sizes.tolist(), strict=True):  # after the first step: see `BoundedRate`
         larger = math.hypot(size, rule.config.size_floor) / rule.config.size_floor
-        first = rule.card["initial_rate"] * larger**rule.config.size_exponent
+        first = rule.card["initial_rate"] * larger ** rule.rate.first[0].item()
         assert first / 2 < rate < first * 2
     with pytest.raises(ValueError, match="learned optimizer"):
         Trial(SMALL, "wide-relu-mlp", OURS).run()

@@ -25,8 +25,15 @@ from lightning_hrnn.tasks.registry import get_family
 
 STEPS = 12
 SMALL = RuleConfig(
-    param_hidden=2, tensor_hidden=2, global_hidden=2, timescales=2, drift_inputs=("tensor", "means", "global")
+    param_hidden=2,
+    tensor_hidden=2,
+    global_hidden=2,
+    timescales=2,
+    drift_inputs=("tensor", "means", "global", "peak"),
+    first_inputs=("size", "model_count"),
+    slows=True,
 )
+EVOLVING = ["rate.drift", "rate.drift_bias", "rate.first", "rate.slowing"]
 
 
 def make_rule(config: RuleConfig = SMALL) -> HierarchicalRNN:
@@ -34,6 +41,8 @@ def make_rule(config: RuleConfig = SMALL) -> HierarchicalRNN:
     rule = HierarchicalRNN(config)
     with torch.no_grad():
         rule.rate.drift.normal_(0, 0.3)
+        for value in rule.rate.evolving[2:]:
+            value.fill_(0.2)
     return rule
 
 
@@ -44,10 +53,9 @@ def make_pool(rule: HierarchicalRNN, instances: int, places: int = 2) -> TaskPoo
 
 
 def gradients(rule: HierarchicalRNN) -> tuple[Tensor, Tensor]:
-    """Return those of the drift, and those of everything else."""
-    moved = {"rate.drift", "rate.drift_bias"}
-    rest = [value.grad.reshape(-1) for name, value in rule.named_parameters() if name not in moved]
-    return torch.cat([rule.rate.drift.grad[:, 0], rule.rate.drift_bias.grad]), torch.cat(rest)
+    """Return those of what evolves, and those of everything else."""
+    rest = [value.grad.reshape(-1) for name, value in rule.named_parameters() if name not in EVOLVING]
+    return torch.cat([value.grad.reshape(-1) for value in rule.rate.evolving]), torch.cat(rest)
 
 
 def test_it_agrees_with_backprop_through_whole_runs_on_average(double_precision: None) -> None:
@@ -74,9 +82,12 @@ def test_it_agrees_with_backprop_through_whole_runs_on_average(double_precision:
 
 def test_every_model_drifts_by_its_own_perturbation() -> None:
     rule = make_rule()
+    assert [
+        name for name, value in rule.named_parameters() if any(value is one for one in rule.rate.evolving)
+    ] == EVOLVING
     population = Population([TaskBatch.draw(get_family("mlp", random.Random(0)), 3, 0)])
-    noise = torch.zeros(len(rule.rate.drift) + 1, 3)
-    noise[-1, 1] = 2.0  # only the second one's bias
+    noise = torch.zeros(sum(len(value) for value in rule.rate.evolving), 3)
+    noise[len(rule.rate.drift), 1] = 2.0  # only the second one's bias
 
     def rates(probe: HierarchicalRNN) -> Tensor:
         with torch.no_grad():
@@ -101,12 +112,12 @@ def test_a_share_of_the_window_is_a_whole_run_that_cools_down() -> None:
     assert all(torch.equal(a, place.progress.theta) for a, place in zip(theta, pool, strict=True))
 
 
-def test_it_moves_only_the_drift_in_a_trainer_and_starts_from_narrower_weights(tmp_path) -> None:
-    narrow = make_rule(replace(SMALL, drift_inputs=("tensor",)))
+def test_it_moves_only_what_makes_rates_in_a_trainer_and_starts_from_narrower_weights(tmp_path) -> None:
+    narrow = make_rule(replace(SMALL, drift_inputs=("tensor",), first_inputs=(), slows=False))
     path = save_pretrained(narrow, tmp_path / "narrow.safetensors", {"initial_rate": 1e-3, "meta_steps": 0})
     learner = MetaLearner(
         weights=str(path),
-        rule_changes={"drift_inputs": ["tensor", "means", "global"], "size_exponent": 0.5},
+        rule_changes={key: getattr(SMALL, key) for key in ("drift_inputs", "first_inputs", "slows")},
         places=2,
         window=10,
         scored_steps=1,
@@ -130,7 +141,7 @@ def test_it_moves_only_the_drift_in_a_trainer_and_starts_from_narrower_weights(t
         default_root_dir=tmp_path,
     ).fit(learner, TaskDataModule("quick", instances=2, epoch_steps=3))
     moved = [name for name, value in learner.rule.named_parameters() if not torch.equal(value, start[name])]
-    assert moved == ["rate.drift", "rate.drift_bias"]
+    assert moved == EVOLVING
 
 
 def test_bad_arguments() -> None:
@@ -144,7 +155,7 @@ def test_bad_arguments() -> None:
     pool = TaskPool(1, Lives(5, 5, 5, 1), rates=(1e-3, 1e-3))
     with pytest.raises(ValueError, match="this rule's rates are 'smoothed'"):
         RateEvolution()(rule, pool, Window(5, {4}, LogRatio()))
-    with pytest.raises(ValueError, match="size_exponent must be from 0 to 1"):
-        RuleConfig(size_exponent=2.0)
+    with pytest.raises(ValueError, match="Unknown first_inputs"):
+        RuleConfig(first_inputs=("colour",))
     with pytest.raises(ValueError, match="the input 'tensor' first"):
         RuleConfig(drift_inputs=("means",))

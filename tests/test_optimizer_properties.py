@@ -26,7 +26,11 @@ MEMORY = ["contiguous", "turned", "strided", "channels last"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RULES = {
     "attention": RuleConfig(
-        readouts=("direction", "attention"), peak_exponent=0.5, peak_memory=3.0, drift_inputs=("tensor", "peak")
+        readouts=("direction", "attention"),
+        slows=True,
+        peak_memory=3.0,
+        drift_inputs=("tensor", "peak"),
+        first_inputs=("size", "model_count"),
     ),
     "paper": RuleConfig.preset("paper"),
     "mixed": RuleConfig(rate="smoothed", features=("scaled_gradient", "relative_rate"), timescales=2),

@@ -29,11 +29,15 @@ RULES = {
     "a short horizon": ("default", {"drift_horizon": 3, "drift_fall": 0.1}),
     "rates by size": (
         "default",
-        {"drift_inputs": ("tensor", "means", "global"), "size_exponent": 0.6, "size_bound": 0.02},
+        {
+            "drift_inputs": ("tensor", "means", "global"),
+            "first_inputs": ("size", "tensor_count", "model_count"),
+            "size_bound": 0.02,
+        },
     ),
     "slowing": (
         "default",
-        {"peak_exponent": 0.6, "peak_memory": 3, "drift_inputs": ("tensor", "peak")},
+        {"slows": True, "peak_memory": 3, "drift_inputs": ("tensor", "peak")},
     ),
     "without scaling": ("default", {"without": ("input_scaling", "output_scaling")}),
     "without levels": ("default", {"without": ("tensor_level", "global_level", "gradient_shortcut")}),
@@ -183,7 +187,9 @@ class Equations:
             size = min(size, 1e15)
             tensor["peak"] = max(tensor["peak"] * math.exp(-1 / self.config.peak_memory), size)
             tensor["below"] = math.log(size / tensor["peak"])
-            rates = [rate * math.exp(self.config.peak_exponent * tensor["below"]) for rate in rates]
+            if self.config.slows:
+                power = min(max(w["rate.slowing"][0], 0.0), 1.0)
+                rates = [rate * math.exp(power * tensor["below"]) for rate in rates]
             for r in range(len(self.config.readouts)):
                 size = math.sqrt(sum(d[r] ** 2 for _, d, _ in results) / count + 1e-20)
                 size = 1.0 if "output_scaling" in self.config.without else size
@@ -209,8 +215,15 @@ class Equations:
                 rise = config.drift_rise if tensor["age"] < config.drift_horizon else 0.0
                 power = rise if direction > 0 else config.drift_fall
                 tensor["l"] += power / (config.drift_delay + tensor["age"]) * direction
-                if tensor["age"] == 0:
-                    tensor["l"] += config.size_exponent * math.log(tensor["size"] / config.size_floor)
+                if tensor["age"] == 0 and config.first_inputs:
+                    count = len(tensor["params"])
+                    of_model = sum(len(other["params"]) for other in self.tensors)
+                    known = {
+                        "size": math.log(tensor["size"] / config.size_floor),
+                        "tensor_count": math.log(1e4 / count),
+                        "model_count": math.log(1e4 / of_model),
+                    }
+                    tensor["l"] += w["rate.first"][:, 0] @ np.array([known[name] for name in config.first_inputs])
                 tensor["l"] = min(tensor["l"], math.log(config.size_bound * tensor["size"]))
                 tensor["l"] = min(max(tensor["l"], -33.0), 33.0)
             else:
@@ -263,7 +276,7 @@ def test_rule_equals_its_equations(name):
         "global_hidden": np.stack([reference.u for reference in references], 1),
         "age": np.full(len(SIZES), float(STEPS)),
     }
-    if rule.keeps_peak:
+    if rule.rate_by_peak is not None:
         expected_state["log_peak"] = np.log([tensor["peak"] for tensor in tensors])
     for key, expected in expected_state.items():
         np.testing.assert_allclose(getattr(state, key).detach().numpy(), expected, rtol=1e-9, atol=1e-13, err_msg=key)
@@ -376,10 +389,11 @@ def test_every_feature_matters(feature):
 
 
 def test_a_rate_begins_with_the_size_of_its_tensor_and_never_outgrows_it():
-    rule = HierarchicalRNN(RuleConfig(size_exponent=0.5, size_floor=0.1, size_bound=0.05))
+    rule = HierarchicalRNN(RuleConfig(first_inputs=("size",), size_floor=0.1, size_bound=0.05))
     layout, rms = Layout.of([4, 4, 4]), torch.tensor([0.0, 1.0, 1.0])
     with torch.no_grad():
         rule.rate.drift_bias.fill_(0.0)
+        rule.rate.first.fill_(0.5)
         state = rule(torch.ones(12), rms, rule.init(layout, torch.tensor([-7.0, -7.0, -1.0])), layout).state
         assert state.log_rate[:2].tolist() == pytest.approx([-7.0, -7.0 + 0.25 * math.log(101)])
         rule.rate.drift_bias.fill_(5.0)
@@ -390,6 +404,33 @@ def test_a_rate_begins_with_the_size_of_its_tensor_and_never_outgrows_it():
     still = rule.without_rate()
     state = still(torch.ones(12), rms, still.init(layout, 0.0), layout).state
     assert state.log_rate.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_rate_begins_high_where_there_are_few_parameters():
+    rule = HierarchicalRNN(RuleConfig(first_inputs=("tensor_count", "model_count")))
+    layout = Layout.of([10, 1000, 20_000, 10], [0, 0, 0, 1])
+    with torch.no_grad():
+        rule.rate.first.copy_(torch.tensor([[0.5], [0.25]]))
+        state = rule(torch.ones(21_020), torch.ones(4), rule.init(layout, -7.0), layout).state
+    powers = [0.5 * math.log(1000), 0.5 * math.log(10), 0.0, 0.75 * math.log(1000)]
+    assert (state.log_rate + 7).tolist() == pytest.approx(powers, abs=1e-5)
+
+
+def test_steps_slow_down_with_the_gradient_and_peaks_fade():
+    rule = HierarchicalRNN(RuleConfig(slows=True, peak_memory=10.0))
+    layout, ones = Layout.of([5]), torch.ones(5)
+    sizes = []
+    with torch.no_grad():
+        rule.rate.slowing.fill_(0.5)
+        state = rule.init(layout, -3.0)
+        for size in (1.0, 0.01, 0.01, 4.0, 0.0):
+            output = rule(size * ones, torch.ones(1), state, layout)
+            state = output.state
+            sizes.append(output.update.square().mean().sqrt().item() / math.exp(-3.0))
+    fades = math.exp(0.1)
+    expected = [1.0, (0.01 * fades) ** 0.5, 0.1 * fades, 1.0, (1e-15 * fades / 4) ** 0.5]
+    assert sizes == pytest.approx(expected, rel=1e-4)
+    assert state.log_peak.item() == pytest.approx(math.log(4) - 0.1)
 
 
 def test_past_the_horizon_a_rate_falls_but_does_not_rise():

@@ -32,7 +32,11 @@ pytestmark = [
 RULES = {
     "default": RuleConfig(),
     "attention": RuleConfig(
-        readouts=("direction", "attention"), peak_exponent=0.5, peak_memory=3.0, drift_inputs=("tensor", "peak")
+        readouts=("direction", "attention"),
+        slows=True,
+        peak_memory=3.0,
+        drift_inputs=("tensor", "peak"),
+        first_inputs=("size", "model_count"),
     ),
     "paper": RuleConfig.preset("paper"),
     "mixed": RuleConfig(rate="smoothed", features=("scaled_gradient", "relative_rate")),

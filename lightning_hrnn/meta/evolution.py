@@ -2,11 +2,11 @@
 
 Backprop through windows teaches a rule good directions, but it sees rates through a window: it cannot know what a rate
 of today does to the loss in a thousand steps. Evolution sees whole runs and nothing but their ends. It needs few
-meta-parameters, since the variance of its estimate grows with their number; here it moves the readout of the drift
-alone, and because that belongs to the tensor level, every instance of every task tries a perturbation of its own at
-the cost of one plain run.
+meta-parameters, since the variance of its estimate grows with their number; here it moves those alone that make a
+tensor's rate (`BoundedRate.evolving`), and because they belong to the tensor level, every instance of every task tries
+a perturbation of its own at the cost of one plain run.
 
-Legend: `D` meta-parameters of the drift with its bias, `B` instances of a task batch, `M` models, `T` tensors.
+Legend: `D` meta-parameters that evolve, `B` instances of a task batch, `M` models, `T` tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_hrnn.meta.estimators import Estimate, Window, perturbations, surrogate
 from lightning_hrnn.meta.population import Population
@@ -29,7 +29,7 @@ LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken
 
 
 class RateEvolution:
-    """Perturb the drift of the learned rates, and weigh perturbations by the losses at the end of whole runs.
+    """Perturb what makes the learned rates, and weigh perturbations by the losses at the end of whole runs.
 
     Each window is one run of every task of the pool, from its start. Each instance runs twice, with a perturbation `e`
     and with `-e`; the estimate is the mean of `e (L+ - L-) / (2 sigma)` for `e ~ N(0, 1)`, with differences clipped, so
@@ -62,7 +62,7 @@ class RateEvolution:
     def __call__(self, rule: HierarchicalRNN, pool: TaskPool, window: Window) -> Estimate:
         """Run every task of the pool from its start to its end, both ways."""
         if not isinstance(rule.rate, BoundedRate):
-            raise ValueError("RateEvolution moves the drift of bounded rates: this rule's rates are 'smoothed'.")
+            raise ValueError("RateEvolution moves bounded rates: this rule's rates are 'smoothed'.")
         length = max(1, round(window.steps * self.shares[window.index % len(self.shares)]))
         places = [replace(place, tasks=place.tasks.repeat(2), life=length) for place in pool]
         population = Population([place.tasks for place in places])
@@ -87,8 +87,7 @@ class RateEvolution:
         for place in pool:
             place.age = place.life  # this run was its whole life
         value = torch.stack([score.mean() for score in scores]).mean()
-        moved = [rule.rate.drift, rule.rate.drift_bias]
-        return Estimate(surrogate(rule, moved, estimate, value), [score[None] for score in scores])
+        return Estimate(surrogate(rule, rule.rate.evolving, estimate, value), [score[None] for score in scores])
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: no run outlasts its window."""
@@ -99,24 +98,24 @@ class RateEvolution:
 
 
 def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> HierarchicalRNN:
-    """Return a copy of the rule whose rates drift by other meta-parameters in each model.
+    """Return a copy of the rule whose rates are made by other meta-parameters in each model.
 
     Args:
         rule: with bounded rates.
         population: of models.
-        noise: what to add to the weights and the bias of the drift. [D, M]
+        noise: what to add to the meta-parameters that evolve, end to end. [D, M]
     """
     probe = deepcopy(rule)
     assert isinstance(probe.rate, BoundedRate)
-    of_tensors = population.layout.to_tensors(noise)  # [D, T]
-    probe.rate.drift = nn.Parameter(probe.rate.drift + of_tensors[:-1], requires_grad=False)
-    probe.rate.drift_bias = nn.Parameter(probe.rate.drift_bias + of_tensors[-1], requires_grad=False)
+    parts = population.layout.to_tensors(noise).split([len(value) for value in probe.rate.evolving])  # [k, T] each
+    for value, part in zip(probe.rate.evolving, parts, strict=True):
+        value.requires_grad_(False).data = value + (part if value.dim() == 2 else part[0])
     return probe
 
 
 def _draw(rate: BoundedRate, count: int, generator: torch.Generator) -> Tensor:  # [D, B]
-    like = rate.drift
-    return torch.randn(len(like) + 1, count, generator=generator, device=like.device, dtype=like.dtype)
+    like, size = rate.drift, sum(len(value) for value in rate.evolving)
+    return torch.randn(size, count, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def _first_log_rates(pool: TaskPool) -> Tensor:

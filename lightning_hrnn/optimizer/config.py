@@ -13,6 +13,7 @@ RATES = ("bounded", "smoothed")
 READOUTS = ("direction", "attention")
 TENSOR_FEATURES = ("relative_update",)
 PARTS = ("input_scaling", "output_scaling", "gradient_shortcut", "tensor_level", "global_level")
+FIRST_INPUTS = ("size", "tensor_count", "model_count")
 DRIFT_INPUTS = ("tensor", "means", "global", "peak")
 POSITIVE = (
     "drift_rise",
@@ -51,14 +52,15 @@ class RuleConfig:
         drift_delay: `"bounded"` only: steps before these power laws set in.
         drift_horizon: `"bounded"` only: steps after which a rate may fall but no longer rise; the length of the longest
             runs that the rule was meta-trained on is a safe choice.
-        size_exponent: `"bounded"` only: after a tensor's first step its rate is multiplied by this power of the
-            tensor's size, counted in size floors; 0 begins all tensors at one rate.
+        first_inputs: `"bounded"` only: what a tensor's first rate depends on, each by a learned power: the tensor's
+            size, counted in size floors (`"size"`), how few parameters it has (`"tensor_count"`), and how few the
+            model has (`"model_count"`); nothing begins all tensors at one rate.
         size_floor: `"bounded"` only: a tensor's size is the root mean square of its parameters, and not less than about
             this.
         size_bound: `"bounded"` only: a rate is at most this share of the tensor's size.
         momentary_bound: `"bounded"` only: a parameter's rate departs from its tensor's at most by this log factor.
-        peak_exponent: steps are multiplied by this power of the size of a tensor's gradient beside its largest recent
-            one; 0 makes every step as long as its rate.
+        slows: `"bounded"` only: whether steps are multiplied by a learned power of the size of a tensor's gradient
+            beside its largest recent one; else every step is as long as its rate.
         peak_memory: steps in which that largest one fades to 1/e.
 
     Raises:
@@ -80,15 +82,15 @@ class RuleConfig:
     drift_fall: float = 0.5
     drift_delay: float = 20.0
     drift_horizon: float = 1e9
-    size_exponent: float = 0.0
+    first_inputs: tuple[str, ...] = ()
     size_floor: float = 0.03
     size_bound: float = 1e9
     momentary_bound: float = 2.0
-    peak_exponent: float = 0.0
+    slows: bool = False
     peak_memory: float = 600.0
 
     def __post_init__(self) -> None:
-        for field in ("features", "tensor_features", "readouts", "without", "drift_inputs"):
+        for field in ("features", "tensor_features", "readouts", "without", "first_inputs", "drift_inputs"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
             if getattr(self, field) < 1:
@@ -101,15 +103,12 @@ class RuleConfig:
             ("tensor_features", TENSOR_FEATURES),
             ("readouts", READOUTS),
             ("without", PARTS),
+            ("first_inputs", FIRST_INPUTS),
             ("drift_inputs", DRIFT_INPUTS),
         ):
             unknown = [name for name in getattr(self, field) if name not in known]
             if unknown:
                 raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
-        if not 0 <= self.size_exponent <= 1:
-            raise ValueError(f"size_exponent must be from 0 to 1, not {self.size_exponent}.")
-        if not 0 <= self.peak_exponent <= 1:
-            raise ValueError(f"peak_exponent must be from 0 to 1, not {self.peak_exponent}.")
         if self.drift_inputs[:1] != ("tensor",):
             raise ValueError("The drift of a rate needs the input 'tensor' first.")
         if self.readouts[:1] != ("direction",) or not self.features:

@@ -38,6 +38,7 @@ GATE_BIAS = 2.2
 RMS_FLOOR = 1e-20
 PARAM_RMS_FLOOR = 1e-12
 GRAD_RMS_FLOOR = 1e-15
+MANY = 1e4  # parameters: more make no difference to a first rate
 LOG_RATE_RANGE = 33.0
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
@@ -53,7 +54,7 @@ class RuleState(NamedTuple):
     tensor_hidden: Tensor  # [H1, T]
     global_hidden: Tensor  # [H2, M]
     age: Tensor  # [T] steps taken
-    log_peak: Tensor  # [T] log of the largest recent gradient, see `gradient_peak`
+    log_peak: Tensor  # [T] log of the largest recent gradient, see `BoundedRate.peak`
 
     def detach(self) -> RuleState:
         """Cut the state from the graph that made it."""
@@ -182,44 +183,98 @@ class BoundedRate(nn.Module):
     most like a power of time, a schedule that is safe at any age, and never outgrows its tensor. After
     `drift_horizon` steps, of which the rule may know nothing, a rate no longer rises.
 
-    A first rate is that of a tensor of zeros; after the first step it is multiplied by `(size / floor) **
-    size_exponent`, because larger parameters bear larger steps.
+    A first rate is that of a tensor of zeros in a large model; after the first step it is multiplied by learned powers
+    of what `first_inputs` names: larger parameters bear larger steps, and so do small problems.
+
+    Where the rule `slows`, a step is multiplied by `(gradient / peak) ** k`, both root mean squares over the tensor,
+    with a learned `k` from 0 to 1 and the peak the largest recent gradient, which fades. Steps are as long as their
+    rate however small the gradient has become; on smooth losses that is a walk to and fro around the minimum.
     """
 
     def __init__(self, config: RuleConfig, inputs: int) -> None:
         super().__init__()
         self.rise, self.fall, self.delay = config.drift_rise, config.drift_fall, config.drift_delay
         self.horizon = config.drift_horizon
-        self.exponent, self.floor, self.size_bound = config.size_exponent, config.size_floor, config.size_bound
+        self.floor, self.size_bound = config.size_floor, config.size_bound
+        self.first_inputs, self.slows, self.peak_memory = config.first_inputs, config.slows, config.peak_memory
         self.bound = config.momentary_bound
         self.momentary = nn.Parameter(torch.zeros(1, config.param_hidden))
         self.momentary_bias = nn.Parameter(torch.zeros(1))
-        self.drift = nn.Parameter(torch.zeros(inputs, 1))  # or [inputs, T], where tensors try different ones
+        self.drift = nn.Parameter(torch.zeros(inputs, 1))
         self.drift_bias = nn.Parameter(torch.zeros(1))
+        if config.first_inputs:
+            self.first = nn.Parameter(torch.zeros(len(config.first_inputs), 1))
+        if config.slows:
+            self.slowing = nn.Parameter(torch.zeros(1))
 
     def factor(self, hidden: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the momentary factor of each parameter, `[P]`; none has a log rate of its own."""
         raw = (self.momentary @ hidden)[0] + self.momentary_bias
         return (self.bound * torch.tanh(raw / self.bound)).exp(), None
 
-    def drifted(self, state: RuleState, seen: Tensor, param_rms: Tensor) -> Tensor:
+    @property
+    def evolving(self) -> list[nn.Parameter]:
+        """The few meta-parameters that make a tensor's rate, first those of its drift. Each [k, 1] or [1].
+
+        Where tensors try different ones, the last dimension is theirs.
+        """
+        return [value for name, value in self.named_parameters() if not name.startswith("momentary")]
+
+    def drifted(self, state: RuleState, seen: Tensor, param_rms: Tensor, layout: Layout) -> Tensor:
         """Return each tensor's log rate after the step. [T]
 
         Args:
             state: before the step.
             seen: what `drift_inputs` names. [inputs, T]
             param_rms: root mean square of each parameter tensor; taken as constant. [T]
+            layout: of the models.
         """
         log_size = 0.5 * (param_rms.detach().square() + self.floor**2).log()
-        first = torch.where(state.age == 0, self.exponent * (log_size - math.log(self.floor)), 0.0)
         direction = torch.tanh((self.drift * seen).sum(0) + self.drift_bias)
         power = torch.where(direction > 0, self.rise * (state.age < self.horizon), self.fall)
-        log_rate = state.log_rate + first + power / (self.delay + state.age) * direction
+        log_rate = state.log_rate + power / (self.delay + state.age) * direction
+        if self.first_inputs:
+            first = (self.first * self._first_inputs(log_size, layout)).sum(0)
+            log_rate = log_rate + torch.where(state.age == 0, first, 0.0)
         return log_rate.minimum(log_size + math.log(self.size_bound)).clamp(-LOG_RATE_RANGE, LOG_RATE_RANGE)
+
+    def _first_inputs(self, log_size: Tensor, layout: Layout) -> Tensor:
+        """Return what first rates depend on, as logs from 0 upwards. [k, T]"""
+        in_model = layout.to_tensors(layout.mean_per_model(layout.params_in) * layout.tensors_in)
+        known = {
+            "size": log_size - math.log(self.floor),
+            "tensor_count": (MANY / layout.params_in).log().clamp(min=0.0),
+            "model_count": (MANY / in_model).log().clamp(min=0.0),
+        }
+        return torch.stack([known[name] for name in self.first_inputs])
+
+    def peak(self, mean_square: Tensor, log_peak: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare each tensor's gradient with its largest recent one.
+
+        Args:
+            mean_square: of the gradient over each tensor. [T]
+            log_peak: log of the largest root mean square so far, which fades with time. [T]
+
+        Returns:
+            the next `log_peak` `[T]`, and how far below it the gradient is, as a log not above 0 `[T]`.
+        """
+        log_rms = 0.5 * (mean_square + GRAD_RMS_FLOOR**2).log().clamp(max=2 * math.log(GRAD_LIMIT))
+        log_peak = torch.maximum(log_peak - 1 / self.peak_memory, log_rms)
+        return log_peak, log_rms - log_peak
+
+    def slowed(self, below: Tensor) -> Tensor:  # [T] -> [T]
+        """Return what steps are multiplied by, where gradients are so far below their peak.
+
+        The clip of the power passes gradients straight through.
+        """
+        if not self.slows:
+            return torch.ones_like(below)
+        power = self.slowing + (self.slowing.clamp(0.0, 1.0) - self.slowing).detach()
+        return (power * below).exp()
 
     def stand_still(self) -> None:
         """Leave log rates where they are put, and let no parameter depart from them."""
-        self.exponent, self.size_bound = 0.0, math.inf
+        self.size_bound = math.inf
         for value in self.parameters():
             value.zero_()
 
@@ -292,7 +347,6 @@ class HierarchicalRNN(nn.Module):
             self.directions[name].load_state_dict(self.directions["direction"].state_dict())
         widths = {"tensor": h1, "means": tensor_inputs, "global": h2, "peak": 1}
         drift_inputs = sum(widths[name] for name in config.drift_inputs)
-        self.peak_exponent = config.peak_exponent
         self.rate = BoundedRate(config, drift_inputs) if config.rate == "bounded" else SmoothedRate(config)
         self._drop(config.without)
 
@@ -312,7 +366,6 @@ class HierarchicalRNN(nn.Module):
         copy = deepcopy(self)
         with torch.no_grad():
             copy.rate.stand_still()
-        copy.peak_exponent = 0.0
         return copy
 
     @property
@@ -321,9 +374,10 @@ class HierarchicalRNN(nn.Module):
         return isinstance(self.rate, SmoothedRate)
 
     @property
-    def keeps_peak(self) -> bool:
-        """Whether the rule compares gradients with their largest recent ones."""
-        return self.config.peak_exponent > 0 or "peak" in self.config.drift_inputs
+    def rate_by_peak(self) -> BoundedRate | None:
+        """The rate, if it depends on how far gradients are below their largest recent ones."""
+        asks = self.config.slows or "peak" in self.config.drift_inputs
+        return self.rate if isinstance(self.rate, BoundedRate) and asks else None
 
     def init(self, layout: Layout, log_rate: Tensor | float) -> RuleState:
         """Return the state before the first step.
@@ -367,9 +421,10 @@ class HierarchicalRNN(nn.Module):
         rate = state.log_rate.exp()
         rates = rate if self.rate_per_param else layout.to_params(rate)
         below = None
-        if self.keeps_peak:
-            log_peak, below = self.gradient_peak(layout.mean_per_tensor(grad.detach().square()), state.log_peak)
-            state, rates = state._replace(log_peak=log_peak), rates * layout.to_params(self.slowing(below))
+        if (rate_by_peak := self.rate_by_peak) is not None:
+            mean_square = layout.mean_per_tensor(grad.detach().square())
+            log_peak, below = rate_by_peak.peak(mean_square, state.log_peak)
+            state, rates = state._replace(log_peak=log_peak), rates * layout.to_params(rate_by_peak.slowed(below))
         steps = param.steps * rates  # [R, P]
         return RuleOutput(
             update=steps[0],
@@ -429,27 +484,6 @@ class HierarchicalRNN(nn.Module):
         factor, next_log_rate = self.rate.factor(hidden, log_rate)
         return ParamStep(hidden, moments.average, moments.square, x, directions, factor, next_log_rate)
 
-    def gradient_peak(self, mean_square: Tensor, log_peak: Tensor) -> tuple[Tensor, Tensor]:
-        """Compare each tensor's gradient with its largest recent one.
-
-        A step has the size of its rate, however small the gradient has become. Where a loss is smooth, steps should
-        become small with the gradient; for want of that a rule walks to and fro around a minimum until its rate falls.
-
-        Args:
-            mean_square: of the gradient over each tensor. [T]
-            log_peak: log of the largest root mean square so far, which fades with time. [T]
-
-        Returns:
-            the next `log_peak` `[T]`, and how far below it the gradient is, as a log not above 0 `[T]`.
-        """
-        rms = (mean_square + GRAD_RMS_FLOOR**2).sqrt().clamp(max=GRAD_LIMIT)
-        log_peak = torch.maximum(log_peak - 1 / self.config.peak_memory, rms.log())
-        return log_peak, rms.log() - log_peak
-
-    def slowing(self, below: Tensor) -> Tensor:  # [T] -> [T]
-        """Return what steps are multiplied by, where gradients are so far below their peak."""
-        return (self.peak_exponent * below).exp()
-
     def mean_log_rate(self, state: RuleState, layout: Layout) -> Tensor:
         """Average the log rate over each tensor, and that over the model. [T]"""
         return layout.to_tensors(layout.mean_per_model(tensor_log_rate(state, layout)))
@@ -460,7 +494,7 @@ class HierarchicalRNN(nn.Module):
         param_rms: Tensor,  # [T]
         state: RuleState,  # before the step, but for `log_peak`
         layout: Layout,
-        below: Tensor | None = None,  # [T] see `gradient_peak`, where the rule asks for it
+        below: Tensor | None = None,  # [T] see `BoundedRate.peak`, where the rule asks for it
     ) -> RuleState:
         """Step the tensor RNN, the global RNN and the rates, and gather the next state."""
         x = param.pooled
@@ -478,7 +512,7 @@ class HierarchicalRNN(nn.Module):
             if below is not None:
                 seen["peak"] = below[None]
             inputs = torch.cat([seen[name] for name in self.config.drift_inputs]).clamp(-INPUT_RANGE, INPUT_RANGE)
-            log_rate = self.rate.drifted(state, inputs, param_rms)
+            log_rate = self.rate.drifted(state, inputs, param_rms, layout)
         return RuleState(
             hidden=param.hidden,
             average=param.average,

@@ -37,7 +37,7 @@ class Totals:
         like = rule.param_rnn.gate_weight
         self.rows = [like.shape[1], len(rule.directions), 1, 1, 1]
         self.values = like.new_zeros(sum(self.rows), len(work))
-        if rule.keeps_peak:
+        if rule.rate_by_peak is not None:
             self.values[-2] = torch.stack([_square(tensor.grad) for tensor in work])
         self.values[-1] = _counts(tuple(tensor.param.numel() for tensor in work), like.device)
 
@@ -64,16 +64,16 @@ class Totals:
 
         Args:
             rule: the update rule.
-            log_peak: see `HierarchicalRNN.gradient_peak`. [T]
+            log_peak: see `BoundedRate.peak`. [T]
             part: of the tensors.
         """
         squares = self.values.split(self.rows)[1][:, part]
         scales = torch.ones_like(squares)
         if "output_scaling" not in rule.config.without:
             scales = (squares / self.count[part] + RMS_FLOOR).rsqrt()
-        if rule.keeps_peak:
-            _, below = rule.gradient_peak(self.grad_square(part), log_peak[part])
-            scales = scales * rule.slowing(below)
+        if (rate := rule.rate_by_peak) is not None:
+            _, below = rate.peak(self.grad_square(part), log_peak[part])
+            scales = scales * rate.slowed(below)
         return scales
 
 
@@ -180,16 +180,15 @@ def step_upper_levels(
     """
     empty, means = before.hidden, totals.means()
     level = ParamLevel(empty, empty, empty, means.pooled, empty, log_rate=None)
-    below = None
-    if rule.keeps_peak:
-        log_peak, below = rule.gradient_peak(totals.grad_square(), before.log_peak)
-    else:
-        log_peak = before.log_peak
-    after = rule.upper_levels(level, means.param_square.sqrt(), before._replace(log_peak=log_peak), layout, below)
+    below, level_before = None, before
+    if (rate := rule.rate_by_peak) is not None:
+        log_peak, below = rate.peak(totals.grad_square(), before.log_peak)
+        level_before = before._replace(log_peak=log_peak)
+    after = rule.upper_levels(level, means.param_square.sqrt(), level_before, layout, below)
     after = RuleState(*(where(proceed, *values) for values in zip(after, before, strict=True)))
     for key, values in (("tensor_hidden", after.tensor_hidden.unbind(1)), ("age", after.age.unbind())):
         torch._foreach_copy_([state[key] for state in states], list(values))
-    if rule.keeps_peak:
+    if rate is not None:
         torch._foreach_copy_([state[LOG_PEAK] for state in states], list(after.log_peak.unbind()))
     if not rule.rate_per_param:
         torch._foreach_copy_([state["log_rate"] for state in states], list(after.log_rate.unbind()))

@@ -61,7 +61,7 @@ def initial_state(
     }
     if "attention" in config.readouts:
         state[LOOKAHEAD] = sharded_like(param, torch.zeros_like(shard, memory_format=torch.contiguous_format))
-    if rule.keeps_peak:
+    if rule.rate_by_peak is not None:
         state[LOG_PEAK] = torch.full((), math.log(GRAD_RMS_FLOOR), **one)
     return state
 
