@@ -32,8 +32,12 @@ SMALL = RuleConfig(
     drift_inputs=("tensor", "means", "global", "peak"),
     first_inputs=("size", "model_count"),
     slows=True,
+    readouts=("direction", "attention"),
 )
-EVOLVING = ["rate.drift", "rate.drift_bias", "rate.first", "rate.slowing"]
+PLAIN = replace(  # backprop takes sizes of gradients and parameters as constants; evolution sees what comes of them
+    SMALL, drift_inputs=SMALL.drift_inputs[:3], first_inputs=(), slows=False
+)
+EVOLVING = ["rate.drift", "rate.drift_bias", "rate.first", "rate.slowing", "reach"]
 
 
 def make_rule(config: RuleConfig = SMALL) -> HierarchicalRNN:
@@ -41,7 +45,7 @@ def make_rule(config: RuleConfig = SMALL) -> HierarchicalRNN:
     rule = HierarchicalRNN(config)
     with torch.no_grad():
         rule.rate.drift.normal_(0, 0.3)
-        for value in rule.rate.evolving[2:]:
+        for value in rule.evolving[2:]:
             value.fill_(0.2)
     return rule
 
@@ -55,11 +59,11 @@ def make_pool(rule: HierarchicalRNN, instances: int, places: int = 2) -> TaskPoo
 def gradients(rule: HierarchicalRNN) -> tuple[Tensor, Tensor]:
     """Return those of what evolves, and those of everything else."""
     rest = [value.grad.reshape(-1) for name, value in rule.named_parameters() if name not in EVOLVING]
-    return torch.cat([value.grad.reshape(-1) for value in rule.rate.evolving]), torch.cat(rest)
+    return torch.cat([value.grad.reshape(-1) for value in rule.evolving]), torch.cat(rest)
 
 
 def test_it_agrees_with_backprop_through_whole_runs_on_average(double_precision: None) -> None:
-    rule, loss = make_rule(), LogRatio()
+    rule, loss = make_rule(PLAIN), LogRatio()
     scored = {STEPS - 1 - before for before in LAST_STEPS}
     exact = TruncatedBackprop(second_order=True)(rule, make_pool(rule, 4), Window(STEPS, scored, loss))
     exact.surrogate.backward()
@@ -82,11 +86,9 @@ def test_it_agrees_with_backprop_through_whole_runs_on_average(double_precision:
 
 def test_every_model_drifts_by_its_own_perturbation() -> None:
     rule = make_rule()
-    assert [
-        name for name, value in rule.named_parameters() if any(value is one for one in rule.rate.evolving)
-    ] == EVOLVING
+    assert [name for name, value in rule.named_parameters() if any(value is one for one in rule.evolving)] == EVOLVING
     population = Population([TaskBatch.draw(get_family("mlp", random.Random(0)), 3, 0)])
-    noise = torch.zeros(sum(len(value) for value in rule.rate.evolving), 3)
+    noise = torch.zeros(sum(len(value) for value in rule.evolving), 3)
     noise[len(rule.rate.drift), 1] = 2.0  # only the second one's bias
 
     def rates(probe: HierarchicalRNN) -> Tensor:

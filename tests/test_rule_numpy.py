@@ -193,7 +193,8 @@ class Equations:
             for r in range(len(self.config.readouts)):
                 size = math.sqrt(sum(d[r] ** 2 for _, d, _ in results) / count + 1e-20)
                 size = 1.0 if "output_scaling" in self.config.without else size
-                updates += [(r, rate * f * d[r] / size) for (_, d, f), rate in zip(results, rates, strict=True)]
+                reach = w["reach"][0] if r else 1.0
+                updates += [(r, reach * rate * f * d[r] / size) for (_, d, f), rate in zip(results, rates, strict=True)]
             seen = [np.concatenate([p["h"], x]) for p, (x, _, _) in zip(tensor["params"], results, strict=True)]
             tensor["x"] = sum(seen) / count
             if self.config.tensor_features:

@@ -2,9 +2,9 @@
 
 Backprop through windows teaches a rule good directions, but it sees rates through a window: it cannot know what a rate
 of today does to the loss in a thousand steps. Evolution sees whole runs and nothing but their ends. It needs few
-meta-parameters, since the variance of its estimate grows with their number; here it moves those alone that make a
-tensor's rate (`BoundedRate.evolving`), and because they belong to the tensor level, every instance of every task tries
-a perturbation of its own at the cost of one plain run.
+meta-parameters, since the variance of its estimate grows with their number; here it moves those alone that make the
+lengths of steps (`HierarchicalRNN.evolving`), and because they belong to the tensor level, every instance of every
+task tries a perturbation of its own at the cost of one plain run.
 
 Legend: `D` meta-parameters that evolve, `B` instances of a task batch, `M` models, `T` tensors.
 """
@@ -29,7 +29,7 @@ LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken
 
 
 class RateEvolution:
-    """Perturb what makes the learned rates, and weigh perturbations by the losses at the end of whole runs.
+    """Perturb what makes the lengths of steps, and weigh perturbations by the losses at the end of whole runs.
 
     Each window is one run of every task of the pool, from its start. Each instance runs twice, with a perturbation `e`
     and with `-e`; the estimate is the mean of `e (L+ - L-) / (2 sigma)` for `e ~ N(0, 1)`, with differences clipped, so
@@ -66,8 +66,8 @@ class RateEvolution:
         length = max(1, round(window.steps * self.shares[window.index % len(self.shares)]))
         places = [replace(place, tasks=place.tasks.repeat(2), life=length) for place in pool]
         population = Population([place.tasks for place in places])
-        generator = perturbations(rule.rate.drift.device, self.seed, window.index)
-        noises = [_draw(rule.rate, place.tasks.count, generator) for place in pool]
+        generator = perturbations(rule.evolving[0].device, self.seed, window.index)
+        noises = [_draw(rule, place.tasks.count, generator) for place in pool]
         probe = perturbed(rule, population, self.sigma * torch.cat([torch.cat([e, -e], 1) for e in noises], 1))
         losses = unroll(
             probe,
@@ -87,7 +87,7 @@ class RateEvolution:
         for place in pool:
             place.age = place.life  # this run was its whole life
         value = torch.stack([score.mean() for score in scores]).mean()
-        return Estimate(surrogate(rule, rule.rate.evolving, estimate, value), [score[None] for score in scores])
+        return Estimate(surrogate(rule, rule.evolving, estimate, value), [score[None] for score in scores])
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: no run outlasts its window."""
@@ -98,7 +98,7 @@ class RateEvolution:
 
 
 def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> HierarchicalRNN:
-    """Return a copy of the rule whose rates are made by other meta-parameters in each model.
+    """Return a copy of the rule whose steps are made longer or shorter in each model.
 
     Args:
         rule: with bounded rates.
@@ -107,14 +107,14 @@ def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> H
     """
     probe = deepcopy(rule)
     assert isinstance(probe.rate, BoundedRate)
-    parts = population.layout.to_tensors(noise).split([len(value) for value in probe.rate.evolving])  # [k, T] each
-    for value, part in zip(probe.rate.evolving, parts, strict=True):
+    parts = population.layout.to_tensors(noise).split([len(value) for value in probe.evolving])  # [k, T] each
+    for value, part in zip(probe.evolving, parts, strict=True):
         value.requires_grad_(False).data = value + (part if value.dim() == 2 else part[0])
     return probe
 
 
-def _draw(rate: BoundedRate, count: int, generator: torch.Generator) -> Tensor:  # [D, B]
-    like, size = rate.drift, sum(len(value) for value in rate.evolving)
+def _draw(rule: HierarchicalRNN, count: int, generator: torch.Generator) -> Tensor:  # [D, B]
+    like, size = rule.evolving[0], sum(len(value) for value in rule.evolving)
     return torch.randn(size, count, generator=generator, device=like.device, dtype=like.dtype)
 
 

@@ -212,14 +212,6 @@ class BoundedRate(nn.Module):
         raw = (self.momentary @ hidden)[0] + self.momentary_bias
         return (self.bound * torch.tanh(raw / self.bound)).exp(), None
 
-    @property
-    def evolving(self) -> list[nn.Parameter]:
-        """The few meta-parameters that make a tensor's rate, first those of its drift. Each [k, 1] or [1].
-
-        Where tensors try different ones, the last dimension is theirs.
-        """
-        return [value for name, value in self.named_parameters() if not name.startswith("momentary")]
-
     def drifted(self, state: RuleState, seen: Tensor, param_rms: Tensor, layout: Layout) -> Tensor:
         """Return each tensor's log rate after the step. [T]
 
@@ -345,6 +337,7 @@ class HierarchicalRNN(nn.Module):
         self.directions = nn.ModuleDict({name: direction(config) for name in config.readouts})
         for name in config.readouts[1:]:  # attention starts equal to the update
             self.directions[name].load_state_dict(self.directions["direction"].state_dict())
+            self.reach = nn.Parameter(torch.ones(1))
         widths = {"tensor": h1, "means": tensor_inputs, "global": h2, "peak": 1}
         drift_inputs = sum(widths[name] for name in config.drift_inputs)
         self.rate = BoundedRate(config, drift_inputs) if config.rate == "bounded" else SmoothedRate(config)
@@ -372,6 +365,15 @@ class HierarchicalRNN(nn.Module):
     def rate_per_param(self) -> bool:
         """Tell whether every parameter has a log rate of its own, or every tensor."""
         return isinstance(self.rate, SmoothedRate)
+
+    @property
+    def evolving(self) -> list[nn.Parameter]:
+        """The few meta-parameters that make the lengths of steps, each `[k, 1]` or `[1]`: what evolution moves.
+
+        Where tensors try different ones, the last dimension is theirs.
+        """
+        lengths = {name: value for name, value in self.rate.named_parameters() if not name.startswith("momentary")}
+        return [*lengths.values(), *([self.reach] if "attention" in self.config.readouts else [])]
 
     @property
     def rate_by_peak(self) -> BoundedRate | None:
@@ -428,7 +430,7 @@ class HierarchicalRNN(nn.Module):
         steps = param.steps * rates  # [R, P]
         return RuleOutput(
             update=steps[0],
-            lookahead=steps[1] if len(steps) > 1 else None,
+            lookahead=steps[1] * layout.to_params(self.reach.expand_as(state.age)) if len(steps) > 1 else None,
             rate=rate,
             state=self.upper_levels(param, param_rms, state, layout, below),
         )

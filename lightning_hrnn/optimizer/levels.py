@@ -74,6 +74,8 @@ class Totals:
         if (rate := rule.rate_by_peak) is not None:
             _, below = rate.peak(self.grad_square(part), log_peak[part])
             scales = scales * rate.slowed(below)
+        if len(scales) > 1:
+            scales = torch.stack([scales[0], scales[1] * rule.reach])
         return scales
 
 
