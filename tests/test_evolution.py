@@ -37,7 +37,7 @@ SMALL = RuleConfig(
 PLAIN = replace(  # backprop takes sizes of gradients and parameters as constants; evolution sees what comes of them
     SMALL, drift_inputs=SMALL.drift_inputs[:3], first_inputs=(), slows=False
 )
-EVOLVING = ["rate.drift", "rate.drift_bias", "rate.first", "rate.slowing", "reach"]
+EVOLVING = {"rate.drift", "rate.drift_bias", "rate.first", "rate.slowing", "reach"}
 
 
 def make_rule(config: RuleConfig = SMALL) -> HierarchicalRNN:
@@ -86,7 +86,7 @@ def test_it_agrees_with_backprop_through_whole_runs_on_average(double_precision:
 
 def test_every_model_drifts_by_its_own_perturbation() -> None:
     rule = make_rule()
-    assert [name for name, value in rule.named_parameters() if any(value is one for one in rule.evolving)] == EVOLVING
+    assert {name for name, value in rule.named_parameters() if any(value is one for one in rule.evolving)} == EVOLVING
     population = Population([TaskBatch.draw(get_family("mlp", random.Random(0)), 3, 0)])
     noise = torch.zeros(sum(len(value) for value in rule.evolving), 3)
     noise[len(rule.rate.drift), 1] = 2.0  # only the second one's bias
@@ -103,7 +103,7 @@ def test_every_model_drifts_by_its_own_perturbation() -> None:
 
 
 def test_a_share_of_the_window_is_a_whole_run_that_cools_down() -> None:
-    rule = make_rule()
+    rule = make_rule(PLAIN)
     pool = make_pool(rule, 2)
     pool.places = [replace(place, cools=True) for place in pool]
     theta = [place.progress.theta.clone() for place in pool]
@@ -142,7 +142,7 @@ def test_it_moves_only_what_makes_rates_in_a_trainer_and_starts_from_narrower_we
         limit_val_batches=0,
         default_root_dir=tmp_path,
     ).fit(learner, TaskDataModule("quick", instances=2, epoch_steps=3))
-    moved = [name for name, value in learner.rule.named_parameters() if not torch.equal(value, start[name])]
+    moved = {name for name, value in learner.rule.named_parameters() if not torch.equal(value, start[name])}
     assert moved == EVOLVING
 
 
