@@ -271,8 +271,8 @@ def _starting_rule(preset: str, changes: dict[str, Any], weights: str | None) ->
     if isinstance(rule.rate, BoundedRate) and isinstance(loaded.rate, BoundedRate):
         more = len(rule.rate.drift) - len(loaded.rate.drift)  # drift inputs, which begin without a say
         values["rate.drift"] = functional.pad(loaded.rate.drift, (0, 0, 0, max(0, more)))
-        for name, value in rule.rate.named_parameters(prefix="rate"):
-            values.setdefault(name, value.detach())  # of what the weights do without: zeros
+    for name, value in rule.state_dict().items():  # parts that the weights do without begin as in a new rule
+        values.setdefault(name, values.get(name.replace("directions.attention", "directions.direction"), value))
     try:
         rule.load_state_dict(values)
     except RuntimeError as error:

@@ -528,6 +528,14 @@ def test_bad_settings_are_refused() -> None:
         make_learner(rates=(1.0, 0.1))
     with pytest.raises(ValueError, match=r"rule_changes \['tensor_hidden'\] need other meta-parameters"):
         make_learner(weights="hrnn-v0", rule_changes={"tensor_hidden": 30})
+
+
+def test_attention_begins_as_the_direction_of_weights_without_it():
+    rule = make_learner(weights="hrnn-v0", rule_changes={"readouts": ["direction", "attention"]}).rule
+    direction, attention = (rule.directions[name].state_dict() for name in rule.config.readouts)
+    assert all(torch.equal(value, direction[key]) for key, value in attention.items())
+    assert torch.equal(direction["weight"], load_pretrained("hrnn-v0").directions["direction"].weight)
+    assert rule.reach.item() == 1.0
     with pytest.raises(ValueError, match=r"scored_point must be one of \['last', 'average', 'both'\]"):
         make_learner(scored_point="first")
     with pytest.raises(ValueError, match="at least one place"):

@@ -38,6 +38,7 @@ GATE_BIAS = 2.2
 RMS_FLOOR = 1e-20
 PARAM_RMS_FLOOR = 1e-12
 GRAD_RMS_FLOOR = 1e-15
+SIZE_POWER = 0.75  # of a tensor's size, that a first rate starts from in meta-training
 MANY = 1e4  # parameters: more make no difference to a first rate
 LOG_RATE_RANGE = 33.0
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
@@ -203,7 +204,7 @@ class BoundedRate(nn.Module):
         self.drift = nn.Parameter(torch.zeros(inputs, 1))
         self.drift_bias = nn.Parameter(torch.zeros(1))
         if config.first_inputs:
-            self.first = nn.Parameter(torch.zeros(len(config.first_inputs), 1))
+            self.first = nn.Parameter(torch.tensor([[SIZE_POWER * (name == "size")] for name in config.first_inputs]))
         if config.slows:
             self.slowing = nn.Parameter(torch.zeros(1))
 
