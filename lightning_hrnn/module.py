@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_hrnn.evaluation.suites import Outcome
-from lightning_hrnn.meta.estimators import PES, TruncatedBackprop, Window
+from lightning_hrnn.meta.estimators import PES, Estimator, TruncatedBackprop, Window
 from lightning_hrnn.meta.evolution import RateEvolution
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
@@ -98,7 +98,7 @@ class MetaLearner(LightningModule):
         self.average = AveragedModel(self.rule, multi_avg_fn=get_ema_multi_avg_fn(averaging)).requires_grad_(False)
         self.started_from = weights
         self.window, self.scored_steps = window, scored_steps
-        self.estimator = estimator or TruncatedBackprop()
+        self.estimator: Estimator = estimator or TruncatedBackprop()
         self.meta_loss = loss or LogRatio()
         if scored_point not in get_args(Point):
             raise ValueError(f"scored_point must be one of {list(get_args(Point))}, not {scored_point!r}.")

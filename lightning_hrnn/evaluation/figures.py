@@ -56,7 +56,8 @@ def plot_win_rates(summary: Mapping[str, float | int | None], path: Path) -> Non
         "best": "all of them",
         "default_adam": "Adam 1e-3",
     }
-    shares = {title: 100 * float(summary[f"win_rate_{name}"] or 0) for name, title in named.items()}
+    rates = {title: summary[f"win_rate_{name}"] for name, title in named.items()}
+    shares = {title: 100 * float(rate) for title, rate in rates.items() if rate is not None}  # where both were run
     figure = Figure(figsize=(7, 3.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(list(shares), list(shares.values()), color=[*OTHERS[: len(BASELINES)], OURS, GREY])
