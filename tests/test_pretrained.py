@@ -226,13 +226,17 @@ def test_weights_are_averaged_with_other_bounds(tmp_path: Path) -> None:
     for value, one, other in zip(mean.parameters(), *(rule.parameters() for rule in rules), strict=True):
         torch.testing.assert_close(value, (one + other) / 2)
     assert (mean.config.drift_rise, mean.config.drift_fall) == (3.0, 0.1)
+    attentive = HierarchicalRNN(RuleConfig(readouts=("direction", "attention")))
+    plain = average_weights([attentive], {"readouts": ["direction"]})
+    assert torch.equal(plain.directions["direction"].weight, attentive.directions["direction"].weight)
+    assert [*plain.directions] == ["direction"]
     with pytest.raises(ValueError, match="cannot be averaged"):
         average_weights([HierarchicalRNN(), HierarchicalRNN(RuleConfig(tensor_hidden=30))])
     with pytest.raises(ValueError, match="cannot be averaged"):
         average_weights(rules, {"drift_up": 1.0})
     paths = [str(save_pretrained(rule, tmp_path / f"{k}.safetensors", {"seed": k})) for k, rule in enumerate(rules)]
     out = tmp_path / "mean.safetensors"
-    bounds = ["--bounds", '{"drift_rise": 4}', "--initial-rate", "2e-4"]
+    bounds = ["--bounds", '{"drift_rise": 4, "readouts": ["direction"]}', "--initial-rate", "2e-4"]
     assert main(["average", str(out), *paths, *bounds]) == 0
     loaded = load_pretrained(out)
     assert (loaded.config.drift_rise, loaded.card["initial_rate"], loaded.card["seed"]) == (4, 2e-4, 1)

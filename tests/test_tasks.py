@@ -85,7 +85,10 @@ def test_corpus_draws_by_weight():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: get_corpus("imagenet"), "unknown corpus 'imagenet'; known: extended, paper, quick, released, wide"),
+        (
+            lambda: get_corpus("imagenet"),
+            "unknown corpus 'imagenet'; known: extended, full, paper, quick, released, wide",
+        ),
         (lambda: get_family("conv", random.Random(0)), "unknown task family 'conv'; known: .*mlp"),
         (lambda: Corpus("mine", "1", {}), "corpus 'mine' has no families"),
         (lambda: Corpus("mine", "1", {"conv": 1.0}), "corpus 'mine': unknown task family 'conv'; known: "),

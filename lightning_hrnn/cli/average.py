@@ -27,14 +27,19 @@ def run(arguments: Sequence[str]) -> None:
         prog=f"{PROGRAM} average",
         description=(
             "Average weights, usually checkpoints of one meta-training run: what their noise has in common goes, what\n"
-            "they learned stays. With one set of weights, only the bounds of its rates or its first rate change."
+            "they learned stays. With one set of weights, only bounds, parts or the first rate change."
         ),
         examples=EXAMPLES,
     )
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="The .safetensors file to write; its card lies beside it.")
     add("weights", type=str, nargs="+", metavar="WEIGHTS", help="Names of shipped weights, or .safetensors files.")
-    add("--bounds", type=dict[str, float], default={}, help="Fields of RuleConfig to change, such as drift_rise.")
+    add(
+        "--bounds",
+        type=dict[str, float | list[str]],
+        default={},
+        help="Fields of RuleConfig to change: bounds such as drift_rise, or readouts, to leave attention out.",
+    )
     add("--initial-rate", type=float | None, default=None, help="First learned rate; the last weights' own if null.")
     options = parser.parse_args(list(arguments))
     rules = [load_pretrained(name) for name in options.weights]

@@ -133,6 +133,8 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
 def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | None = None) -> HierarchicalRNN:
     """Return a rule whose meta-parameters are the means of those of others.
 
+    Parts that the changed configuration does without, such as attention, are left out.
+
     Args:
         rules: at least one; the configuration is the last one's.
         changes: fields of that configuration to replace.
@@ -143,11 +145,11 @@ def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | 
     try:
         averaged = HierarchicalRNN(replace(rules[-1].config, **(changes or {})))
         states = [rule.state_dict() for rule in rules]
-        averaged.load_state_dict({key: torch.stack([s[key] for s in states]).mean(0) for key in states[0]})
+        averaged.load_state_dict({key: torch.stack([s[key] for s in states]).mean(0) for key in averaged.state_dict()})
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"These rules cannot be averaged ({_first_line(error)}): take checkpoints of one run, and change only "
-            "bounds, such as drift_rise."
+            "bounds, such as drift_rise, or leave parts out."
         ) from error
     return averaged.eval()
 
