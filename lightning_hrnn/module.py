@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -29,9 +28,9 @@ from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
 from lightning_hrnn.meta.unroll import Point
 from lightning_hrnn.optimizer.config import RuleConfig
-from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN, ParamLevelEngine
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 from lightning_hrnn.optimizer.kernels import choose_engine
-from lightning_hrnn.optimizer.pretrained import load_pretrained, save_pretrained
+from lightning_hrnn.optimizer.pretrained import load_pretrained, reconfigured, save_pretrained
 from lightning_hrnn.version import __version__
 
 RECENT = 30  # windows of the running mean: which tasks are in flight, and how old, makes single windows jump
@@ -265,19 +264,10 @@ def _starting_rule(preset: str, changes: dict[str, Any], weights: str | None) ->
     loaded = load_pretrained(weights)
     if not changes:
         return loaded.train()
-    rule = HierarchicalRNN(replace(loaded.config, **changes))
-    rule.card = loaded.card
-    values = loaded.state_dict()
-    if isinstance(rule.rate, BoundedRate) and isinstance(loaded.rate, BoundedRate):
-        more = len(rule.rate.drift) - len(loaded.rate.drift)  # drift inputs, which begin without a say
-        values["rate.drift"] = functional.pad(loaded.rate.drift, (0, 0, 0, max(0, more)))
-    for name, value in rule.state_dict().items():  # parts that the weights do without begin as in a new rule
-        values.setdefault(name, values.get(name.replace("directions.attention", "directions.direction"), value))
     try:
-        rule.load_state_dict(values)
+        return reconfigured(loaded, replace(loaded.config, **changes)).train()
     except RuntimeError as error:
         raise ValueError(
             f"rule_changes {sorted(changes)} need other meta-parameters than the weights {weights!r} have: change "
             "bounds such as drift_rise alone, or meta-train a new rule without `weights`."
         ) from error
-    return rule.train()

@@ -1,6 +1,7 @@
 """`HRNN` where torch and its users expect an optimizer: hooks, profiler, scaler, compiled models, wrappers."""
 
 import copy
+import math
 import pickle
 from types import SimpleNamespace
 
@@ -336,6 +337,32 @@ def test_a_state_of_more_tensors_cannot_be_adapted():
     twin = HRNN(Regression().head.parameters(), weights=other_rule(), other_weights="adapt")
     with pytest.raises(ValueError, match=r"parameters that this optimizer has not: \['2', '3'\]"):
         twin.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("key", ["lookahead", "log_peak"])
+def test_a_state_without_a_part_that_the_weights_need_is_refused(key):
+    config = RuleConfig(readouts=("direction", "attention"), slows=True)
+    optimizer = HRNN([torch.nn.Parameter(torch.ones(2))], weights=HierarchicalRNN(config))
+    saved = optimizer.state_dict()
+    del saved["state"][0][key]
+    with pytest.raises(ValueError, match=f"The saved state lacks \\['{key}'\\]"):
+        optimizer.load_state_dict(saved)
+
+
+def test_peaks_are_carried_over_to_other_weights_that_know_them():
+    config = RuleConfig(slows=True)
+    rules = [HierarchicalRNN(config), HierarchicalRNN(config), HierarchicalRNN()]
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in rules]
+    one, other, without = (
+        HRNN([p], weights=rule, other_weights="adapt") for p, rule in zip(params, rules, strict=True)
+    )
+    params[0].grad = torch.full((2,), 3.0)
+    one.step()
+    for optimizer in (other, without):
+        with pytest.warns(UserWarning, match="Averages, learned rates and ages are kept"):
+            optimizer.load_state_dict(one.state_dict())
+    assert other.state[params[1]]["log_peak"].item() == pytest.approx(math.log(3))
+    assert "log_peak" not in without.state[params[2]]
 
 
 def test_other_weights_must_be_one_of_two():

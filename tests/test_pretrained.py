@@ -26,6 +26,7 @@ from lightning_hrnn.optimizer.pretrained import (
     fingerprint,
     load_pretrained,
     read_card,
+    reconfigured,
     save_pretrained,
 )
 
@@ -216,8 +217,43 @@ def test_unknown_presets_parts_and_sizes_are_refused() -> None:
         RuleConfig(param_hidden=0)
     with pytest.raises(ValueError, match="drift_rise must be positive"):
         RuleConfig(drift_rise=-1.0)
+    with pytest.raises(ValueError, match="first_inputs names one thing twice"):
+        RuleConfig(first_inputs=("size", "size"))
+    with pytest.raises(ValueError, match="Only 'bounded' rates slow down"):
+        RuleConfig.preset("paper", slows=True)
     with pytest.raises(ValueError, match="needs the readout 'direction' first"):
         RuleConfig(readouts=("attention",))
+
+
+def test_another_configuration_finds_its_meta_parameters_by_name() -> None:
+    torch.manual_seed(0)
+    rule = HierarchicalRNN(RuleConfig(drift_inputs=("tensor", "means"), first_inputs=("size", "model_count")))
+    with torch.no_grad():
+        for value in rule.rate.parameters():
+            value.normal_()
+    turned = RuleConfig(
+        drift_inputs=("tensor", "peak", "global", "means"),
+        first_inputs=("tensor_count", "model_count", "size"),
+        slows=True,
+        readouts=("direction", "attention"),
+    )
+    other = reconfigured(rule, turned)
+    tensor, means = rule.rate.drift.split(list(rule.drift_widths.values()))
+    rows = dict(zip(turned.drift_inputs, other.rate.drift.split(list(other.drift_widths.values())), strict=True))
+    assert torch.equal(rows["tensor"], tensor)
+    assert torch.equal(rows["means"], means)
+    assert not rows["peak"].any()
+    assert not rows["global"].any()
+    size, model_count = rule.rate.first.flatten().tolist()
+    assert other.rate.first.flatten().tolist() == [0.0, model_count, size]
+    assert torch.equal(other.directions["attention"].weight, rule.directions["direction"].weight)
+    assert (other.rate.slowing.item(), other.reach.item()) == (0.0, 1.0)
+    back = reconfigured(other, rule.config)
+    assert all(torch.equal(value, rule.state_dict()[key]) for key, value in back.state_dict().items())
+    bare = reconfigured(other, RuleConfig())
+    assert torch.equal(bare.rate.drift, tensor)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        reconfigured(rule, RuleConfig(tensor_hidden=30))
 
 
 def test_weights_are_averaged_with_other_bounds(tmp_path: Path) -> None:
@@ -237,6 +273,8 @@ def test_weights_are_averaged_with_other_bounds(tmp_path: Path) -> None:
     paths = [str(save_pretrained(rule, tmp_path / f"{k}.safetensors", {"seed": k})) for k, rule in enumerate(rules)]
     out = tmp_path / "mean.safetensors"
     bounds = ["--bounds", '{"drift_rise": 4, "readouts": ["direction"]}', "--initial-rate", "2e-4"]
+    assert main(["average", str(out), *paths, "--initial-rate", "-1"]) == 2
+    assert not out.exists()
     assert main(["average", str(out), *paths, *bounds]) == 0
     loaded = load_pretrained(out)
     assert (loaded.config.drift_rise, loaded.card["initial_rate"], loaded.card["seed"]) == (4, 2e-4, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse.typing import PositiveFloat
 from rich.console import Console
 
 from lightning_hrnn.cli.parser import PROGRAM, CommandParser
@@ -36,11 +37,16 @@ def run(arguments: Sequence[str]) -> None:
     add("weights", type=str, nargs="+", metavar="WEIGHTS", help="Names of shipped weights, or .safetensors files.")
     add(
         "--bounds",
-        type=dict[str, float | list[str]],
+        type=dict[str, bool | float | list[str]],
         default={},
         help="Fields of RuleConfig to change: bounds such as drift_rise, or readouts, to leave attention out.",
     )
-    add("--initial-rate", type=float | None, default=None, help="First learned rate; the last weights' own if null.")
+    add(
+        "--initial-rate",
+        type=PositiveFloat | None,
+        default=None,
+        help="First learned rate; the last weights' own if null.",
+    )
     options = parser.parse_args(list(arguments))
     rules = [load_pretrained(name) for name in options.weights]
     rule = average_weights(rules, dict(options.bounds))

@@ -43,13 +43,14 @@ def train_given(
     """
     layout = population.layout
     rates = layout.to_tensors(lr)  # [T]
-    theta, _, state, _ = begin(rule, population, rates.log())
+    theta, _, state, lookahead = begin(rule, population, rates.log())
     losses = []
     for step in range(steps):
         log_rate = (rates * schedule(step, steps)).clamp(min=SMALLEST).log()
         state = state._replace(log_rate=layout.to_params(log_rate) if rule.rate_per_param else log_rate)
-        output = rule(population.gradient(theta), population.param_rms(theta), state, layout, engine)
-        theta, state = theta - output.update, output.state
+        attended = theta if lookahead is None else theta - lookahead
+        output = rule(population.gradient(attended), population.param_rms(theta), state, layout, engine)
+        theta, state, lookahead = theta - output.update, output.state, output.lookahead
         if step in scored:
             losses.append(population.losses(theta))
         tick(step)

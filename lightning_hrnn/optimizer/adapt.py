@@ -1,17 +1,17 @@
 """A saved state, made with other weights, in the form that an optimizer with its own weights can go on from.
 
-What the gradients left behind means the same to every rule: their averages, the learned rates, the ages. A hidden state
-is the private language of the weights that wrote it, so it starts anew.
+What the gradients left behind means the same to every rule: averages, peaks, the learned rates, the ages. A hidden
+state is the private language of the weights that wrote it, so it starts anew.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning_hrnn.optimizer.state import NOTE, note_of
+from lightning_hrnn.optimizer.state import LOG_PEAK, NOTE, note_of
 
 OtherWeights = Literal["refuse", "adapt"]
-CARRIED = ("average", "square", "log_rate", "age")
+CARRIED = ("average", "square", "log_rate", "age", LOG_PEAK)
 
 
 def adapt_state(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -27,10 +27,10 @@ def adapt_state(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     ids = dict(zip(_ids(saved), _ids(own), strict=False))  # in order of parameters: saved ones may be names
     if strangers := sorted(map(str, saved["state"].keys() - ids.keys())):
         raise ValueError(f"The saved state has parameters that this optimizer has not: {strangers}. The model differs.")
-    state = {
-        index: {**own["state"][ids[index]], **{key: values[key] for key in CARRIED if key in values}}
-        for index, values in saved["state"].items()
-    }
+    state = {}
+    for index, values in saved["state"].items():
+        fresh = own["state"][ids[index]]
+        state[index] = {**fresh, **{key: values[key] for key in CARRIED if key in values and key in fresh}}
     skipped = note_of(saved).get("skipped_steps", 0)
     return {**saved, "state": state, NOTE: {**own[NOTE], "skipped_steps": skipped}}
 

@@ -80,7 +80,12 @@ def check_kind(state_dict: dict[str, Any]) -> None:
 
 
 def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) -> None:
-    """Refuse a saved state of other shapes."""
+    """Refuse a saved state of other shapes, or one without a part that these weights need."""
+    if saved and (lacking := sorted(state.keys() - saved.keys())):
+        raise ValueError(
+            f"The saved state lacks {lacking}, which these weights need: it was made with others. Build the optimizer "
+            "with the weights it was saved with."
+        )
     for key, value in state.items():
         if key in saved and saved[key].shape != value.shape:
             raise ValueError(

@@ -54,7 +54,7 @@ class RuleConfig:
             runs that the rule was meta-trained on is a safe choice.
         first_inputs: `"bounded"` only: what a tensor's first rate depends on, each by a learned power: the tensor's
             size, counted in size floors (`"size"`), how few parameters it has (`"tensor_count"`), and how few the
-            model has (`"model_count"`); nothing begins all tensors at one rate.
+            model has that move in its first step (`"model_count"`); nothing begins all tensors at one rate.
         size_floor: `"bounded"` only: a tensor's size is the root mean square of its parameters, and not less than about
             this.
         size_bound: `"bounded"` only: a rate is at most this share of the tensor's size.
@@ -109,6 +109,10 @@ class RuleConfig:
             unknown = [name for name in getattr(self, field) if name not in known]
             if unknown:
                 raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
+            if len(set(getattr(self, field))) < len(getattr(self, field)):
+                raise ValueError(f"{field} names one thing twice: {list(getattr(self, field))}.")
+        if self.rate != "bounded" and (self.slows or self.first_inputs):
+            raise ValueError("Only 'bounded' rates slow down or begin differently: leave slows and first_inputs out.")
         if self.drift_inputs[:1] != ("tensor",):
             raise ValueError("The drift of a rate needs the input 'tensor' first.")
         if self.readouts[:1] != ("direction",) or not self.features:

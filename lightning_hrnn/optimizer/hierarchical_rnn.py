@@ -90,7 +90,7 @@ class RuleOutput(NamedTuple):
 
     update: Tensor  # [P] to subtract from the parameters
     lookahead: Tensor | None  # [P] subtract from the *new* parameters to get the point of the next gradient
-    rate: Tensor  # [P] or [T], the learned rate of this step: root mean square of a tensor's update
+    rate: Tensor  # [P] or [T], the learned rate of this step: root mean square of a tensor's update, unless it slows
     state: RuleState
 
 
@@ -340,7 +340,8 @@ class HierarchicalRNN(nn.Module):
             self.directions[name].load_state_dict(self.directions["direction"].state_dict())
             self.reach = nn.Parameter(torch.ones(1))
         widths = {"tensor": h1, "means": tensor_inputs, "global": h2, "peak": 1}
-        drift_inputs = sum(widths[name] for name in config.drift_inputs)
+        self.drift_widths = {name: widths[name] for name in config.drift_inputs}  # rows of the drift's readout
+        drift_inputs = sum(self.drift_widths.values())
         self.rate = BoundedRate(config, drift_inputs) if config.rate == "bounded" else SmoothedRate(config)
         self._drop(config.without)
 

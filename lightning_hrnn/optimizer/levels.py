@@ -38,7 +38,7 @@ class Totals:
         self.rows = [like.shape[1], len(rule.directions), 1, 1, 1]
         self.values = like.new_zeros(sum(self.rows), len(work))
         if rule.rate_by_peak is not None:
-            self.values[-2] = torch.stack([_square(tensor.grad) for tensor in work])
+            self.values[-2] = _squares([tensor.grad for tensor in work])
         self.values[-1] = _counts(tuple(tensor.param.numel() for tensor in work), like.device)
 
     def put(self, part: slice, sums: Sums) -> None:
@@ -138,10 +138,10 @@ def upper_state(states: States, rule: HierarchicalRNN, ranks: Ranks) -> RuleStat
     )
 
 
-def _square(grad: Tensor) -> Tensor:
-    """Sum the squares of a gradient, in single precision; beyond its range the sum is infinite."""
-    wide = None if grad.dtype in (torch.float32, torch.float64) else torch.float32
-    return torch.linalg.vector_norm(grad, dtype=wide).float().square()
+def _squares(grads: Sequence[Tensor]) -> Tensor:
+    """Sum the squares of each gradient, in single precision; beyond its range a sum is infinite. [T]"""
+    wide = [grad if grad.dtype in (torch.float32, torch.float64) else grad.float() for grad in grads]
+    return torch.stack([norm.float() for norm in torch._foreach_norm(wide)]).square()
 
 
 def tensor_log_rates(states: States, rule: HierarchicalRNN, ranks: Ranks) -> Tensor:

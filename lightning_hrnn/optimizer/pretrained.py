@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from lightning_hrnn.optimizer.config import RuleConfig
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
 
 DEFAULT_WEIGHTS = "hrnn-v1"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
@@ -143,15 +143,54 @@ def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | 
         ValueError: the rules, or the changes, are of different shapes, or a field is unknown.
     """
     try:
-        averaged = HierarchicalRNN(replace(rules[-1].config, **(changes or {})))
+        averaged = HierarchicalRNN(rules[-1].config)
         states = [rule.state_dict() for rule in rules]
         averaged.load_state_dict({key: torch.stack([s[key] for s in states]).mean(0) for key in averaged.state_dict()})
+        averaged = reconfigured(averaged, replace(averaged.config, **(changes or {})))
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"These rules cannot be averaged ({_first_line(error)}): take checkpoints of one run, and change only "
             "bounds, such as drift_rise, or leave parts out."
         ) from error
     return averaged.eval()
+
+
+def reconfigured(rule: HierarchicalRNN, config: RuleConfig) -> HierarchicalRNN:
+    """Return a rule of another configuration with the meta-parameters of a given one.
+
+    What rates are read from is matched by name. Inputs that are new to the rule begin without a say, and other parts
+    that it did without begin as in a new rule, attention as a copy of its direction. Parts of the configuration's own
+    that may be left out are attention, what rates are read from, and slowing down.
+
+    Raises:
+        RuntimeError: the configuration needs meta-parameters of other shapes.
+    """
+    changed, old = HierarchicalRNN(config), rule.config
+    values = {key: value for key, value in rule.state_dict().items() if not _left_out(key, config)}
+    if isinstance(changed.rate, BoundedRate) and isinstance(rule.rate, BoundedRate):
+        blocks = dict(
+            zip(rule.drift_widths, rule.rate.drift.detach().split([*rule.drift_widths.values()]), strict=True)
+        )
+        widths = changed.drift_widths.items()
+        values["rate.drift"] = torch.cat([blocks.get(name, torch.zeros(width, 1)) for name, width in widths])
+        if old.first_inputs and config.first_inputs:
+            powers = dict(zip(old.first_inputs, rule.rate.first.detach(), strict=True))
+            values["rate.first"] = torch.stack([powers.get(name, torch.zeros(1)) for name in config.first_inputs])
+    for key, value in changed.state_dict().items():
+        values.setdefault(key, values.get(key.replace("directions.attention", "directions.direction"), value))
+    changed.load_state_dict(values)
+    changed.card = rule.card
+    return changed
+
+
+def _left_out(key: str, config: RuleConfig) -> bool:
+    """Tell whether a meta-parameter is of a part that a configuration leaves out."""
+    attention = key == "reach" or key.startswith("directions.attention")
+    return (
+        (attention and "attention" not in config.readouts)
+        or (key == "rate.first" and not config.first_inputs)
+        or (key == "rate.slowing" and not config.slows)
+    )
 
 
 def fingerprint(rule: HierarchicalRNN) -> str:
