@@ -343,7 +343,7 @@ def test_a_state_of_more_tensors_cannot_be_adapted():
 def test_a_state_without_a_part_that_the_weights_need_is_refused(key):
     config = RuleConfig(readouts=("direction", "attention"), slows=True)
     optimizer = HRNN([torch.nn.Parameter(torch.ones(2))], weights=HierarchicalRNN(config))
-    saved = optimizer.state_dict()
+    saved = copy.deepcopy(optimizer.state_dict())
     del saved["state"][0][key]
     with pytest.raises(ValueError, match=f"The saved state lacks \\['{key}'\\]"):
         optimizer.load_state_dict(saved)
