@@ -303,9 +303,15 @@ def test_the_learned_rates_are_recorded():
     rule = load_pretrained()
     population = Population([SMALL.draw("wide-relu-mlp", "report", SMALL.seeds)])
     sizes = population.param_rms(population.initial_params()).view(4, SMALL.seeds).mean(1)
-    for rate, size in zip(outcome.rates[0], sizes.tolist(), strict=True):  # after the first step: see `BoundedRate`
+    counts = population.layout.params_in.view(4, SMALL.seeds)[:, 0]
+    powers = dict(zip(rule.config.first_inputs, rule.rate.first.flatten().tolist(), strict=True))
+    for rate, size, count in zip(outcome.rates[0], sizes.tolist(), counts.tolist(), strict=True):  # after a step
         larger = math.hypot(size, rule.config.size_floor) / rule.config.size_floor
-        first = rule.card["initial_rate"] * larger ** rule.rate.first[0].item()
+        fewer = (
+            max(1.0, 1e4 / count) ** powers["tensor_count"]
+            * max(1.0, 1e4 / counts.sum().item()) ** powers["model_count"]
+        )
+        first = rule.card["initial_rate"] * larger ** powers["size"] * fewer
         assert first / 2 < rate < first * 2
     with pytest.raises(ValueError, match="learned optimizer"):
         Trial(SMALL, "wide-relu-mlp", OURS).run()
