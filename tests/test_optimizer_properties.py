@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers.modules import EVERY_PART
 from hypothesis import HealthCheck, event, given, settings
 from torch import Tensor, nn
 
@@ -25,13 +26,7 @@ SHAPES = [(), (1,), (7,), (0,), (3, 0), (5, 4), (2, 3, 2, 3), (4, 1, 1, 6)]
 MEMORY = ["contiguous", "turned", "strided", "channels last"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RULES = {
-    "attention": RuleConfig(
-        readouts=("direction", "attention"),
-        slows=True,
-        peak_memory=3.0,
-        drift_inputs=("tensor", "peak"),
-        first_inputs=("size", "model_count"),
-    ),
+    "attention": EVERY_PART,
     "paper": RuleConfig.preset("paper"),
     "mixed": RuleConfig(rate="smoothed", features=("scaled_gradient", "relative_rate"), timescales=2),
 }

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.modules import EVERY_PART
 from helpers.ranks import assert_same_on_all_ranks, run_on_ranks, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -31,13 +32,7 @@ pytestmark = [
 
 RULES = {
     "default": RuleConfig(),
-    "attention": RuleConfig(
-        readouts=("direction", "attention"),
-        slows=True,
-        peak_memory=3.0,
-        drift_inputs=("tensor", "peak"),
-        first_inputs=("size", "model_count"),
-    ),
+    "attention": EVERY_PART,
     "paper": RuleConfig.preset("paper"),
     "mixed": RuleConfig(rate="smoothed", features=("scaled_gradient", "relative_rate")),
 }

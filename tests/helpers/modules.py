@@ -13,6 +13,13 @@ from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.schedule import cooldown
 
 INPUTS, HIDDEN = 4, 6
+EVERY_PART = RuleConfig(  # of a rule with bounded rates
+    readouts=("direction", "attention"),
+    slows=True,
+    peak_memory=3.0,
+    drift_inputs=("tensor", "peak"),
+    first_inputs=("size", "model_count"),
+)
 
 
 class Batches:
