@@ -32,7 +32,8 @@ RULES = {
         {
             "drift_inputs": ("tensor", "means", "global"),
             "first_inputs": ("size", "tensor_count", "model_count"),
-            "size_bound": 0.02,
+            "size_floor": 0.5,
+            "size_bound": 0.03,
         },
     ),
     "slowing": (
