@@ -51,16 +51,16 @@ def plot_win_rates(summary: Mapping[str, float | int | None], path: Path) -> Non
     """Draw the share of tasks on which the learned optimizer ends lower than each other one."""
     from matplotlib.figure import Figure
 
-    named = {
-        **{name: base.title for name, base in BASELINES.items()},
-        "best": "all of them",
-        "default_adam": "Adam 1e-3",
+    styles = {
+        **{name: (base.title, colour) for (name, base), colour in zip(BASELINES.items(), OTHERS, strict=False)},
+        "best": ("all of them", OURS),
+        "default_adam": ("Adam 1e-3", GREY),
     }
-    rates = {title: summary[f"win_rate_{name}"] for name, title in named.items()}
-    shares = {title: 100 * float(rate) for title, rate in rates.items() if rate is not None}  # where both were run
+    rates = {style: summary[f"win_rate_{name}"] for name, style in styles.items()}
+    shares = {style: 100 * float(rate) for style, rate in rates.items() if rate is not None}  # where both were run
     figure = Figure(figsize=(7, 3.2), dpi=150, layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh(list(shares), list(shares.values()), color=[*OTHERS[: len(BASELINES)], OURS, GREY])
+    bars = axes.barh([title for title, _ in shares], list(shares.values()), color=[colour for _, colour in shares])
     axes.bar_label(bars, fmt="%.0f %%", padding=3)
     axes.axvline(50, color=GREY, lw=0.8, ls="--")
     axes.set(

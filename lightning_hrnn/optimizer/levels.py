@@ -9,7 +9,7 @@ Legend: `T` tensors of the step, `R` readouts, `H0 H1 H2` hidden sizes, `F` feat
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -29,12 +29,14 @@ class Totals:
     """Sums over tensors, in one buffer: on this rank until the ranks have added them up.
 
     Args:
-        rule: says how many sums there are.
+        rule: the update rule, which says how many sums there are.
         work: the tensors, in order.
+        log_peak: before the step, see `BoundedRate.peak`. [T]
     """
 
-    def __init__(self, rule: HierarchicalRNN, work: Sequence[TensorWork]) -> None:
+    def __init__(self, rule: HierarchicalRNN, work: Sequence[TensorWork], log_peak: Tensor) -> None:
         like = rule.param_rnn.gate_weight
+        self.rule, self.log_peak = rule, log_peak
         self.rows = [like.shape[1], len(rule.directions), 1, 1, 1]
         self.values = like.new_zeros(sum(self.rows), len(work))
         if rule.rate_by_peak is not None:
@@ -55,27 +57,22 @@ class Totals:
         pooled, squares, param_square, *_ = (self.values / self.count).split(self.rows)
         return Sums(pooled, squares, param_square[0])
 
-    def grad_square(self, part: slice = slice(None)) -> Tensor:
-        """Return the mean square of gradients, where the rule asks for it; else zeros. [T of the part]"""
-        return self.values[-2, part] / self.count[part]
+    @cached_property
+    def peaks(self) -> tuple[Tensor, Tensor] | None:
+        """What `BoundedRate.peak` returns for all tensors, if the rule asks; for when the ranks have added up."""
+        rate = self.rule.rate_by_peak
+        return None if rate is None else rate.peak(self.values[-2] / self.count, self.log_peak)
 
-    def scales(self, rule: HierarchicalRNN, log_peak: Tensor, part: slice) -> Tensor:
-        """Return what directions are multiplied by, before their rate. [R, T of the part]
-
-        Args:
-            rule: the update rule.
-            log_peak: see `BoundedRate.peak`. [T]
-            part: of the tensors.
-        """
+    def scales(self, part: slice) -> Tensor:
+        """Return what directions are multiplied by, before their rate. [R, T of the part]"""
         squares = self.values.split(self.rows)[1][:, part]
         scales = torch.ones_like(squares)
-        if "output_scaling" not in rule.config.without:
+        if "output_scaling" not in self.rule.config.without:
             scales = (squares / self.count[part] + RMS_FLOOR).rsqrt()
-        if (rate := rule.rate_by_peak) is not None:
-            _, below = rate.peak(self.grad_square(part), log_peak[part])
-            scales = scales * rate.slowed(below)
+        if (rate := self.rule.rate_by_peak) is not None and (peaks := self.peaks) is not None:
+            scales = scales * rate.slowed(peaks[1][part])
         if len(scales) > 1:
-            scales = torch.stack([scales[0], scales[1] * rule.reach])
+            scales = torch.stack([scales[0], scales[1] * self.rule.reach])
         return scales
 
 
@@ -182,15 +179,12 @@ def step_upper_levels(
     """
     empty, means = before.hidden, totals.means()
     level = ParamLevel(empty, empty, empty, means.pooled, empty, log_rate=None)
-    below, level_before = None, before
-    if (rate := rule.rate_by_peak) is not None:
-        log_peak, below = rate.peak(totals.grad_square(), before.log_peak)
-        level_before = before._replace(log_peak=log_peak)
-    after = rule.upper_levels(level, means.param_square.sqrt(), level_before, layout, below)
+    log_peak, below = totals.peaks or (before.log_peak, None)
+    after = rule.upper_levels(level, means.param_square.sqrt(), before._replace(log_peak=log_peak), layout, below)
     after = RuleState(*(where(proceed, *values) for values in zip(after, before, strict=True)))
     for key, values in (("tensor_hidden", after.tensor_hidden.unbind(1)), ("age", after.age.unbind())):
         torch._foreach_copy_([state[key] for state in states], list(values))
-    if rate is not None:
+    if below is not None:
         torch._foreach_copy_([state[LOG_PEAK] for state in states], list(after.log_peak.unbind()))
     if not rule.rate_per_param:
         torch._foreach_copy_([state["log_rate"] for state in states], list(after.log_rate.unbind()))

@@ -271,7 +271,7 @@ class HRNN(Optimizer):
         kernel = self._kernel_on(params[0].device.type)
         states, layout = [self.state[param] for param in params], tensor_layout(params)
         before = upper_state(states, rule, self._ranks)
-        above, totals = from_above(rule, before, layout)._replace(proceed=proceed), Totals(rule, work)
+        above, totals = from_above(rule, before, layout)._replace(proceed=proceed), Totals(rule, work, before.log_peak)
         for parts in passes(work, together=self._ranks.several):
             pending = []
             for part in parts:
@@ -280,7 +280,7 @@ class HRNN(Optimizer):
                 pending.append(left)
             self._ranks.sum(totals.values)
             for part, left in zip(parts, pending, strict=True):
-                kernel.apply(work[part], left, totals.scales(rule, before.log_peak, part))
+                kernel.apply(work[part], left, totals.scales(part))
         step_upper_levels(rule, before, totals, layout, states, list(self.state.values()), proceed)
         increment_version([param for param in params if is_sharded(param)])  # their shards have moved
 
