@@ -116,12 +116,12 @@ CORPORA: dict[str, Corpus] = {
         ),
         Corpus(
             "paper",
-            "1",
+            "2",
             _equal(name for name in released.RELEASED if name not in released.NEURAL_NETS) | LARGE,
         ),
-        Corpus("released", "1", _equal(released.RELEASED) | LARGE),
-        Corpus("extended", "2", EXTENDED),
-        Corpus("wide", "1", WIDE),
-        Corpus("full", "1", WIDE | _equal(SMALL_RELEASED, 0.5)),
+        Corpus("released", "2", _equal(released.RELEASED) | LARGE),
+        Corpus("extended", "3", EXTENDED),
+        Corpus("wide", "2", WIDE),
+        Corpus("full", "2", WIDE | _equal(SMALL_RELEASED, 0.5)),
     )
 }

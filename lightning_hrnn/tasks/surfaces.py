@@ -1,6 +1,7 @@
 """The classical test functions of two variables, and the family that starts in their usual boxes.
 
-All are shifted so that the minimum is zero, or a hair above it where rounding could make the loss negative.
+All are shifted so that the minimum over the whole plane is zero, or a hair above it where rounding could make the loss
+negative.
 Formulas, boxes and minimizers: Surjanovic & Bingham, Virtual Library of Simulation Experiments, sfu.ca/~ssurjano;
 LogSumExp: Boyd & Vandenberghe, Convex Optimization, section 9.3.
 
@@ -87,10 +88,19 @@ def matyas(x: Tensor, y: Tensor) -> Tensor:
 
 
 def michalewicz(x: Tensor, y: Tensor) -> Tensor:
-    """`-sin(x) sin^10(x^2/pi) - sin(y) sin^10(2 y^2/pi)` (m = 5): plateaus cut by narrow ravines."""
+    """`-sin(x) sin^10(x^2/pi) - sin(y) sin^10(2 y^2/pi)` (m = 5): plateaus cut by narrow ravines.
+
+    Beyond the sides of its box, 0 and pi, where it is flat, it is its own mirror image: the formula falls lower there.
+    """
+    x, y = _mirrored(x), _mirrored(y)
     ravine_x = torch.sin(x) * torch.sin(x.square() / math.pi) ** 10
     ravine_y = torch.sin(y) * torch.sin(2 * y.square() / math.pi) ** 10
     return 1.806624 - ravine_x - ravine_y  # the exact minimum is -1.8066228...
+
+
+def _mirrored(t: Tensor) -> Tensor:
+    """Fold the line into 0..pi."""
+    return (torch.remainder(t + math.pi, 2 * math.pi) - math.pi).abs()
 
 
 def rosenbrock(x: Tensor, y: Tensor) -> Tensor:
