@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_hrnn.evaluation.suites import Outcome
 from lightning_hrnn.meta.estimators import PES, Estimator, TruncatedBackprop, Window
-from lightning_hrnn.meta.evolution import RateEvolution
+from lightning_hrnn.meta.evolution import Evolution
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
@@ -54,7 +54,7 @@ class MetaLearner(LightningModule):
         scored_point: where it is taken: at the parameters themselves (`"last"`), at their trailing average
             (`"average"`), which does not pay the rule for settling early but lets it rush, or at `"both"`.
         cooling: share of the task batches whose learned rates cool down over the last half of their lives.
-        estimator: of the meta-gradient: `TruncatedBackprop` (the default), `PES`, or `RateEvolution`, whose windows are
+        estimator: of the meta-gradient: `TruncatedBackprop` (the default), `PES`, or `Evolution`, whose windows are
             whole runs.
         learning_rate: of the meta-optimizer, Adam.
         warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
@@ -81,7 +81,7 @@ class MetaLearner(LightningModule):
         loss: LogRatio | None = None,
         scored_point: Point = "last",
         cooling: float = 0.5,
-        estimator: TruncatedBackprop | PES | RateEvolution | None = None,
+        estimator: TruncatedBackprop | PES | Evolution | None = None,
         learning_rate: float = 1e-3,
         warmup_steps: int = 50,
         averaging: float = 0.98,
@@ -106,6 +106,8 @@ class MetaLearner(LightningModule):
         self.initial_rate, self.threads = initial_rate, threads
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.engine: ParamLevelEngine | None = choose_engine(engine, self.rule)
+        if isinstance(self.estimator, Evolution):
+            self.estimator.check(self.rule)
         self.skipped_meta_steps = 0
         self._stored_pool: dict[str, Any] | None = None
         self._evaluation: dict[str, Outcome] = {}

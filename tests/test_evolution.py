@@ -1,18 +1,21 @@
-"""`RateEvolution`: evolution strategies over whole runs for what moves the learned rates."""
+"""`Evolution`: evolution strategies over whole runs."""
 
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.nn.utils import vector_to_parameters
 
 from lightning_hrnn.datamodule import TaskDataModule
 from lightning_hrnn.meta.estimators import TruncatedBackprop, Window
-from lightning_hrnn.meta.evolution import LAST_STEPS, RateEvolution, perturbed
+from lightning_hrnn.meta.evolution import LAST_STEPS, Evolution, perturbed
+from lightning_hrnn.meta.kernels.param_levels import OwnParamLevels
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.population import Population, TaskBatch
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
@@ -20,6 +23,8 @@ from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.module import MetaLearner
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.kernels import build
+from lightning_hrnn.optimizer.kernels.cpp import packed, param_level_parts
 from lightning_hrnn.optimizer.pretrained import save_pretrained
 from lightning_hrnn.tasks.registry import get_family
 
@@ -56,6 +61,12 @@ def make_pool(rule: HierarchicalRNN, instances: int, places: int = 2) -> TaskPoo
     return pool
 
 
+needs_compiler = pytest.mark.skipif(
+    build.why_unavailable() is not None, reason=f"no compiled kernels here: {build.why_unavailable()}"
+)
+WHOLE = RuleConfig(drift_inputs=PLAIN.drift_inputs)  # of a size that the compiled kernels are built for anyway
+
+
 def gradients(rule: HierarchicalRNN) -> tuple[Tensor, Tensor]:
     """Return those of what evolves, and those of everything else."""
     rest = [value.grad.reshape(-1) for name, value in rule.named_parameters() if name not in EVOLVING]
@@ -72,7 +83,7 @@ def test_it_agrees_with_backprop_through_whole_runs_on_average(double_precision:
     for index in range(100):
         rule.zero_grad()
         pool = make_pool(rule, 4)
-        estimate = RateEvolution(sigma=1e-3, shares=[1.0])(rule, pool, Window(STEPS, {0}, loss, index=index))
+        estimate = Evolution(sigma=1e-3, shares=[1.0])(rule, pool, Window(STEPS, {0}, loss, index=index))
         estimate.surrogate.backward()
         moved, rest = gradients(rule)
         assert not rest.any()  # directions and timescales stay as they are
@@ -82,6 +93,51 @@ def test_it_agrees_with_backprop_through_whole_runs_on_average(double_precision:
     assert torch.cosine_similarity(mean, expected, dim=0) > 0.9
     assert float(mean.norm()) == pytest.approx(float(expected.norm()), rel=0.2)
     assert float(estimate.surrogate.detach()) == pytest.approx(float(exact.surrogate.detach()), rel=1e-2)
+
+
+@needs_compiler
+def test_param_levels_agree_with_backprop_too(double_precision: None) -> None:
+    rule, loss = make_rule(WHOLE), LogRatio()
+    scored = {STEPS - 1 - before for before in LAST_STEPS}
+    exact = TruncatedBackprop(second_order=True)(rule, make_pool(rule, 20), Window(STEPS, scored, loss))
+    exact.surrogate.backward()
+    parts = param_level_parts(rule)
+    expected = torch.cat([part.grad.reshape(-1) for part in parts])
+    drawn = []
+    for index in range(50):
+        rule.zero_grad()
+        evolution = Evolution(sigma=1e-3, shares=[1.0], param_level=True)
+        estimate = evolution(rule, make_pool(rule, 20), Window(STEPS, {0}, loss, index=index))
+        estimate.surrogate.backward()
+        drawn.append(torch.cat([part.grad.reshape(-1) for part in parts]))
+    mean = torch.stack(drawn).mean(0)
+    spread = torch.cat(evolution._spreads(rule))  # what is spread wider is known better
+    assert torch.cosine_similarity(mean * spread, expected * spread, dim=0) > 0.7
+    assert all(not value.grad.any() for value in rule.tensor_rnn.parameters())
+
+
+@needs_compiler
+@pytest.mark.parametrize("readouts", [("direction",), ("direction", "attention")])
+def test_models_side_by_side_have_param_levels_of_their_own(readouts: tuple[str, ...], double_precision: None) -> None:
+    rule = make_rule(replace(WHOLE, readouts=readouts))
+    batches = [
+        TaskBatch.draw(get_family(name, random.Random(0)), 3, seed)
+        for seed, name in enumerate(("matrix-multiplication", "quadratic", "dependency-chain"))
+    ]
+    population = Population(batches)
+    metas = packed(rule).detach() + 0.1 * torch.randn(9, len(packed(rule)))
+    engine = OwnParamLevels(rule, population.layout, metas)
+    with torch.no_grad():
+        together = unroll(rule, population, begin(rule, population, -4.0), 10, {4, 9}, engine).losses
+        for model, meta in enumerate(metas):
+            batch, instance = batches[model // 3], slice(model % 3, model % 3 + 1)
+            params = [value[instance] for value in batch.params]
+            data = {name: value[instance] for name, value in batch.data.items()}
+            alone = Population([TaskBatch(batch.family, params, data, batch.generator)])
+            own = deepcopy(rule)
+            vector_to_parameters(meta, param_level_parts(own))
+            losses = unroll(own, alone, begin(own, alone, -4.0), 10, {4, 9}).losses
+            torch.testing.assert_close(together[:, model], losses[:, 0], rtol=1e-8, atol=1e-10)
 
 
 def test_every_model_drifts_by_its_own_perturbation() -> None:
@@ -107,7 +163,7 @@ def test_a_share_of_the_window_is_a_whole_run_that_cools_down() -> None:
     pool = make_pool(rule, 2)
     pool.places = [replace(place, cools=True) for place in pool]
     theta = [place.progress.theta.clone() for place in pool]
-    short = RateEvolution(shares=[0.5, 1.0])
+    short = Evolution(shares=[0.5, 1.0])
     scores = {index: short(rule, make_pool(rule, 2), Window(STEPS, {0}, LogRatio(), index=index)) for index in (0, 1)}
     assert float(scores[0].surrogate.detach()) > float(scores[1].surrogate.detach())  # half the steps get less far
     short(rule, pool, Window(STEPS, {0}, LogRatio()))
@@ -125,7 +181,7 @@ def test_it_moves_only_what_makes_rates_in_a_trainer_and_starts_from_narrower_we
         scored_steps=1,
         lives=Lives(10, 10, 10, 1),
         rates=(1e-3, 1e-3),
-        estimator=RateEvolution(),
+        estimator=Evolution(),
         warmup_steps=1,
     )
     start = {name: value.detach().clone() for name, value in learner.rule.named_parameters()}
@@ -146,17 +202,20 @@ def test_it_moves_only_what_makes_rates_in_a_trainer_and_starts_from_narrower_we
     assert moved == EVOLVING
 
 
+def test_rules_that_it_cannot_move_are_refused_early() -> None:
+    with pytest.raises(ValueError, match="this rule's rates are 'smoothed'"):
+        MetaLearner("paper", estimator=Evolution())
+    with pytest.raises(ValueError, match=r"The compiled kernels scale inputs|cannot run here"):
+        MetaLearner(rule_changes={"without": ["input_scaling"]}, estimator=Evolution(param_level=True))
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="sigma and clip must be positive"):
-        RateEvolution(sigma=0.0)
+        Evolution(sigma=0.0)
     with pytest.raises(ValueError, match="shares of the window"):
-        RateEvolution(shares=[])
+        Evolution(shares=[])
     with pytest.raises(ValueError, match="shares of the window"):
-        RateEvolution(shares=[1.5])
-    rule = HierarchicalRNN(RuleConfig.preset("paper"))
-    pool = TaskPool(1, Lives(5, 5, 5, 1), rates=(1e-3, 1e-3))
-    with pytest.raises(ValueError, match="this rule's rates are 'smoothed'"):
-        RateEvolution()(rule, pool, Window(5, {4}, LogRatio()))
+        Evolution(shares=[1.5])
     with pytest.raises(ValueError, match="Unknown first_inputs"):
         RuleConfig(first_inputs=("colour",))
     with pytest.raises(ValueError, match="the input 'tensor' first"):

@@ -1,12 +1,14 @@
-"""Evolution strategies over whole runs for the few meta-parameters that move the learned rates.
+"""Evolution strategies over whole runs, for the meta-parameters that backprop through windows cannot judge.
 
 Backprop through windows teaches a rule good directions, but it sees rates through a window: it cannot know what a rate
-of today does to the loss in a thousand steps. Evolution sees whole runs and nothing but their ends. It needs few
-meta-parameters, since the variance of its estimate grows with their number; here it moves those alone that make the
-lengths of steps (`HierarchicalRNN.evolving`), and because they belong to the tensor level, every instance of every
-task tries a perturbation of its own at the cost of one plain run.
+of today does to the loss in a thousand steps. Nor does it see how a step changes the gradients after it, unless it
+differentiates through them, which explodes. Evolution sees whole runs and nothing but their ends. The variance of its
+estimate grows with the number of meta-parameters, so it moves those that make the lengths of steps
+(`HierarchicalRNN.evolving`), and if asked the param level's as well. Every instance of every task tries a perturbation
+of its own, at the cost of two plain runs.
 
-Legend: `D` meta-parameters that evolve, `B` instances of a task batch, `M` models, `T` tensors.
+Legend: `D` meta-parameters that evolve, `B` instances of a task batch, `M` models, `T` tensors, `W` meta-parameters of
+the param level.
 """
 
 from __future__ import annotations
@@ -20,25 +22,34 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.meta.estimators import Estimate, Window, perturbations, surrogate
+from lightning_hrnn.meta.kernels.param_levels import OwnParamLevels
 from lightning_hrnn.meta.population import Population
 from lightning_hrnn.meta.truncation import TaskPool, schedule_of
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
+from lightning_hrnn.optimizer.kernels import choose_engine
+from lightning_hrnn.optimizer.kernels.cpp import packed, param_level_parts
 
 LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken
 
+SPREADS = {"gate_weight": 0.3, "candidate_weight": 0.3, "gate_bias": 0.6, "candidate_bias": 0.6, "decay_bias": 4.0}
+"""Standard deviations of perturbations of the param level beside those of rates, where not 1: weights are many, and the
+decays, near one, hardly move with their biases."""
 
-class RateEvolution:
-    """Perturb what makes the lengths of steps, and weigh perturbations by the losses at the end of whole runs.
+
+class Evolution:
+    """Perturb meta-parameters, and weigh perturbations by the losses at the end of whole runs.
 
     Each window is one run of every task of the pool, from its start. Each instance runs twice, with a perturbation `e`
     and with `-e`; the estimate is the mean of `e (L+ - L-) / (2 sigma)` for `e ~ N(0, 1)`, with differences clipped, so
-    that a task that diverges says which way not to go and no more. All other meta-parameters stay as they are.
+    that a task that diverges says which way not to go and no more.
 
     Args:
         sigma: standard deviation of a perturbation.
         shares: of the window, which runs last by turns: short ones, long ones.
         clip: largest difference of two meta-losses that counts.
+        param_level: whether the param level's meta-parameters evolve too: timescales and directions. Needs the compiled
+            kernels, on the CPU. All others stay as they are.
         seed: of the perturbations.
 
     Raises:
@@ -50,44 +61,73 @@ class RateEvolution:
     """
 
     def __init__(
-        self, sigma: float = 0.06, shares: Sequence[float] = (0.2, 0.5, 1.0), clip: float = 1.0, seed: int = 0
+        self,
+        sigma: float = 0.06,
+        shares: Sequence[float] = (0.2, 0.5, 1.0),
+        clip: float = 1.0,
+        param_level: bool = False,
+        seed: int = 0,
     ) -> None:
         if sigma <= 0 or clip <= 0:
             raise ValueError(f"sigma and clip must be positive, not {sigma} and {clip}.")
         if not shares or not all(0 < share <= 1 for share in shares):
             raise ValueError(f"shares of the window must be above 0 and at most 1, not {list(shares)}.")
         self.sigma, self.shares, self.clip, self.seed = sigma, tuple(shares), clip, seed
+        self.param_level = param_level
+
+    def check(self, rule: HierarchicalRNN) -> None:
+        """Refuse a rule that it cannot move.
+
+        Raises:
+            ValueError: its rates are not bounded; or its param level is to evolve, and the compiled kernels do not know
+                it or cannot be had.
+        """
+        if not isinstance(rule.rate, BoundedRate):
+            raise ValueError("Evolution moves bounded rates: this rule's rates are 'smoothed'.")
+        if self.param_level:
+            choose_engine("cpp", rule)
 
     @torch.no_grad()
     def __call__(self, rule: HierarchicalRNN, pool: TaskPool, window: Window) -> Estimate:
         """Run every task of the pool from its start to its end, both ways."""
-        if not isinstance(rule.rate, BoundedRate):
-            raise ValueError("RateEvolution moves bounded rates: this rule's rates are 'smoothed'.")
         length = max(1, round(window.steps * self.shares[window.index % len(self.shares)]))
         places = [replace(place, tasks=place.tasks.repeat(2), life=length) for place in pool]
         population = Population([place.tasks for place in places])
-        generator = perturbations(rule.evolving[0].device, self.seed, window.index)
-        noises = [_draw(rule, place.tasks.count, generator) for place in pool]
-        probe = perturbed(rule, population, self.sigma * torch.cat([torch.cat([e, -e], 1) for e in noises], 1))
+        above = sum(len(value) for value in rule.evolving)
+        spread = self.sigma * torch.cat([torch.ones(above), *self._spreads(rule)]).to(rule.evolving[0])  # [D]
+        generator = perturbations(spread.device, self.seed, window.index)
+        noises = [_draw(spread, place.tasks.count, generator) for place in pool]
+        both = spread[:, None] * torch.cat([torch.cat([e, -e], 1) for e in noises], 1)  # [D, M]
+        probe, engine, moved = perturbed(rule, population, both[:above]), window.engine, rule.evolving
+        if self.param_level:
+            engine = OwnParamLevels(rule, population.layout, packed(rule) + both[above:].T)
+            moved = [*moved, *param_level_parts(rule)]
         losses = unroll(
             probe,
             population,
             begin(probe, population, population.layout.to_tensors(_first_log_rates(pool))),
             length,
             {max(0, length - 1 - before) for before in LAST_STEPS},
-            window.engine,
+            engine,
             schedule=schedule_of(places, population),
         ).losses
         initial = torch.cat([place.initial_loss.repeat(2) for place in places])
         scores = population.by_batch(window.loss(losses, initial).mean(0))
-        estimate = torch.zeros(len(noises[0]), device=losses.device)
+        estimate = torch.zeros_like(spread)
         for noise, score in zip(noises, scores, strict=True):
             plus, minus = score.chunk(2)
-            estimate += (noise * (plus - minus).clamp(-self.clip, self.clip)).mean(1) / (2 * self.sigma * len(noises))
+            estimate += (noise * (plus - minus).clamp(-self.clip, self.clip)).mean(1) / (2 * spread * len(noises))
         for place in pool:
             place.age = place.life  # this run was its whole life
         value = torch.stack([score.mean() for score in scores]).mean()
-        return Estimate(surrogate(rule, rule.evolving, estimate, value), [score[None] for score in scores])
+        return Estimate(surrogate(rule, moved, estimate, value), [score[None] for score in scores])
+
+    def _spreads(self, rule: HierarchicalRNN) -> list[Tensor]:
+        """Return the spreads of the param level's meta-parameters, in their order, if they evolve."""
+        if not self.param_level:
+            return []
+        names = {value: name.rsplit(".", 1)[-1] for name, value in rule.named_parameters()}
+        return [torch.full((part.numel(),), SPREADS.get(names[part], 1.0)) for part in param_level_parts(rule)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: no run outlasts its window."""
@@ -113,9 +153,8 @@ def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> H
     return probe
 
 
-def _draw(rule: HierarchicalRNN, count: int, generator: torch.Generator) -> Tensor:  # [D, B]
-    like, size = rule.evolving[0], sum(len(value) for value in rule.evolving)
-    return torch.randn(size, count, generator=generator, device=like.device, dtype=like.dtype)
+def _draw(like: Tensor, count: int, generator: torch.Generator) -> Tensor:  # [D, B]
+    return torch.randn(len(like), count, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def _first_log_rates(pool: TaskPool) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
@@ -95,11 +95,16 @@ def param_level(rule: HierarchicalRNN, grad: Tensor, state: RuleState, bias: Ten
 
 
 def packed(rule: HierarchicalRNN) -> Tensor:
-    """Lay the meta-parameters of the param level end to end, in the order of `Packed` in `rule.h`."""
+    """Lay the meta-parameters of the param level end to end."""
+    return torch.cat([part.reshape(-1) for part in param_level_parts(rule)])
+
+
+def param_level_parts(rule: HierarchicalRNN) -> list[nn.Parameter]:
+    """Return the meta-parameters of the param level, in the order of `Packed` in `rule.h`."""
     readouts = [readout for readout in rule.directions.values() if isinstance(readout, GatedDirection)]
     if not isinstance(rule.rate, BoundedRate) or len(readouts) != len(rule.directions):
         raise TypeError(why_unsupported(rule))
-    parts = [
+    return [
         rule.param_rnn.gate_weight,
         rule.param_rnn.candidate_weight,
         rule.decay_weight,
@@ -111,7 +116,6 @@ def packed(rule: HierarchicalRNN) -> Tensor:
         rule.rate.momentary_bias,
         *(readout.shortcut for readout in readouts),
     ]
-    return torch.cat([part.reshape(-1) for part in parts])
 
 
 class _ParamLevel(torch.autograd.Function):

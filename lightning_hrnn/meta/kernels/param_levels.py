@@ -1,0 +1,84 @@
+"""The param level of models that have meta-parameters of their own, as evolution strategies try them side by side.
+
+Legend: `P` parameters, `T` tensors, `M` models, `R` readouts, `H0` param hidden size, `F` features, `W` meta-parameters
+of the param level.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_hrnn.optimizer.features import Layout, count_features
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevel, RuleState
+from lightning_hrnn.optimizer.kernels.build import operators
+
+
+class OwnParamLevels:
+    """Compute param levels of which each model has one of its own: an engine of `unroll`, without a way back.
+
+    From its first step on it keeps what belongs to a model together, so hidden states and averages in the states that
+    it returns are in an order that no other engine knows.
+
+    Args:
+        rule: whose configuration it is; the compiled kernels must know it.
+        layout: of the models.
+        metas: meta-parameters of each, in the order of `param_level_parts`. [M, W]
+
+    Raises:
+        BuildError: the compiled kernels cannot be had.
+    """
+
+    def __init__(self, rule: HierarchicalRNN, layout: Layout, metas: Tensor) -> None:
+        config = rule.config
+        self.library, self.metas = operators(config.param_hidden, config.timescales), metas.contiguous()
+        features = count_features(config.features, config.timescales)
+        model_of = layout.model_of[layout.tensor_of]
+        self.grads, _ = _together(1, model_of)
+        self.hidden, _ = _together(config.param_hidden, model_of)
+        self.above, _ = _together(3 * config.param_hidden + 2, layout.model_of)
+        _, self.pooled_back = _together(config.param_hidden + features, layout.model_of)
+        _, self.steps_back = _together(len(config.readouts), model_of)
+        self.params_in = layout.params_in[layout.model_of.argsort(stable=True)]
+        self.started = False
+
+    def __call__(
+        self, rule: HierarchicalRNN, grad: Tensor, state: RuleState, bias: Tensor, layout: Layout
+    ) -> ParamLevel:
+        """Take every parameter's step and average over tensors, see `HierarchicalRNN.param_level`.
+
+        The meta-parameters that are looked up in `rule` are those above the param level.
+        """
+        config, hidden = rule.config, state.hidden
+        if not self.started:
+            self.started, hidden = True, hidden.reshape(-1)[self.hidden].view_as(hidden)  # averages are zeros
+        relative_rate = state.log_rate - rule.mean_log_rate(state, layout)
+        above = torch.cat([bias, relative_rate[None], (state.age > 0).to(grad.dtype)[None]])
+        hidden, average, square, pooled, steps, _ = self.library.param_levels(
+            grad[self.grads],
+            hidden,
+            state.average,
+            state.square,
+            above.reshape(-1)[self.above],
+            self.params_in,
+            layout.tensors_in,
+            self.metas,
+            config.momentary_bound,
+            len(config.readouts),
+            "output_scaling" not in config.without,
+        )
+        pooled = pooled[self.pooled_back].view(-1, len(layout.params_in))
+        steps = steps[self.steps_back].view(len(config.readouts), -1)
+        return ParamLevel(hidden, average, square, pooled, steps, log_rate=None)
+
+
+def _together(rows: int, model_of: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order in which values `[rows, N]` come to lie model by model, rows first in each, and the way back.
+
+    Args:
+        rows: of the values.
+        model_of: index of the model that each column belongs to. [N]
+    """
+    order = (model_of.expand(rows, -1) * rows + torch.arange(rows, device=model_of.device)[:, None]).reshape(-1)
+    there = order.argsort(stable=True)
+    return there, there.argsort()
