@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_hrnn.evaluation.suites import Outcome
 from lightning_hrnn.meta.estimators import PES, Estimator, TruncatedBackprop, Window
-from lightning_hrnn.meta.evolution import Evolution
+from lightning_hrnn.meta.evolution import Evolution, spread_of
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
@@ -174,8 +174,12 @@ class MetaLearner(LightningModule):
         self.average.update_parameters(self.rule)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam with warm-up and cosine over the meta-parameters."""
-        optimizer = torch.optim.Adam(self.rule.parameters(), lr=self.learning_rate, betas=(0.9, 0.99))
+        """Return Adam with warm-up and cosine over the meta-parameters; what evolves moves as wide as it is spread."""
+        evolves, moved = isinstance(self.estimator, Evolution), defaultdict(list)
+        for name, value in self.rule.named_parameters():
+            moved[spread_of(name) if evolves else 1.0].append(value)
+        groups = [{"params": values, "lr": self.learning_rate * spread} for spread, values in moved.items()]
+        optimizer = torch.optim.Adam(groups, lr=self.learning_rate, betas=(0.9, 0.99))
         total = max(1, int(self.trainer.estimated_stepping_batches)) if self._length_is_known() else None
         warmup = self.warmup_steps
 

@@ -200,6 +200,10 @@ def test_it_moves_only_what_makes_rates_in_a_trainer_and_starts_from_narrower_we
     ).fit(learner, TaskDataModule("quick", instances=2, epoch_steps=3))
     moved = {name for name, value in learner.rule.named_parameters() if not torch.equal(value, start[name])}
     assert moved == EVOLVING
+    rates = {id(value): group["lr"] for group in learner.optimizers().param_groups for value in group["params"]}
+    rate = rates[id(learner.rule.rate.drift)]
+    assert rates[id(learner.rule.decay_bias)] == pytest.approx(4 * rate)  # as wide as it would be spread
+    assert rates[id(learner.rule.param_rnn.gate_weight)] == pytest.approx(0.3 * rate)
 
 
 def test_rules_that_it_cannot_move_are_refused_early() -> None:

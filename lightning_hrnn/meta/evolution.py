@@ -126,8 +126,8 @@ class Evolution:
         """Return the spreads of the param level's meta-parameters, in their order, if they evolve."""
         if not self.param_level:
             return []
-        names = {value: name.rsplit(".", 1)[-1] for name, value in rule.named_parameters()}
-        return [torch.full((part.numel(),), SPREADS.get(names[part], 1.0)) for part in param_level_parts(rule)]
+        names = {value: name for name, value in rule.named_parameters()}
+        return [torch.full((part.numel(),), spread_of(names[part])) for part in param_level_parts(rule)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: no run outlasts its window."""
@@ -135,6 +135,11 @@ class Evolution:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take on nothing."""
+
+
+def spread_of(name: str) -> float:
+    """Return how wide a meta-parameter is spread beside others, by its name: it also moves by so much more or less."""
+    return SPREADS.get(name.rsplit(".", 1)[-1], 1.0)
 
 
 def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> HierarchicalRNN:
