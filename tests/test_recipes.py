@@ -49,7 +49,7 @@ INSTEAD = {
     "recipes/imagenet/resnet": [*FORKED, *SMALL_IMAGES, *SMALL_RESNET],
     "recipes/imagenet/inception": [*FORKED, *SMALL_IMAGES, "--model.model", "two_heads"],
     "recipes/imagenet/resnet101v2_hrnn_fsdp2.yaml": ALONE,
-    "recipes/meta_train/rates.yaml": shlex.split(
+    "recipes/meta_train/evolve.yaml": shlex.split(
         "--model.places 2 --model.window 10 --data.instances 2 --data.validation_steps 20"
     ),
     "recipes/meta_train/default.yaml": shlex.split(

@@ -1,7 +1,7 @@
 """Corpora: named, versioned, weighted mixtures of registered task families.
 
 Convolutional nets, recurrent nets and real data sets never enter a corpus: they are what the rule is judged on. Batch
-norm and attention stay out as well, of all but `wide` and `full`.
+norm and attention stay out as well, of all but `wide`, `full` and `balanced`.
 """
 
 from __future__ import annotations
@@ -123,5 +123,6 @@ CORPORA: dict[str, Corpus] = {
         Corpus("extended", "3", EXTENDED),
         Corpus("wide", "2", WIDE),
         Corpus("full", "2", WIDE | _equal(SMALL_RELEASED, 0.5)),
+        Corpus("balanced", "1", {name: 0.35 * weight for name, weight in WIDE.items()} | _equal(SMALL_RELEASED)),
     )
 }
