@@ -55,8 +55,9 @@ class MetaLearner(LightningModule):
             (`"average"`), which does not pay the rule for settling early but lets it rush, or at `"both"`.
         cooling: share of the task batches whose learned rates cool down over the last half of their lives.
         estimator: of the meta-gradient: `TruncatedBackprop` (the default), `PES`, or `Evolution`, whose windows are
-            whole runs.
-        learning_rate: of the meta-optimizer, Adam.
+            whole runs that are scored at their ends alone.
+        learning_rate: of the meta-optimizer, Adam; times how wide a meta-parameter is spread, where the param level
+            evolves.
         warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
         averaging: decay of the weight average that is validated and exported.
         engine: `"auto"`, `"eager"`, or `"cpp"`: how the param level is computed.
@@ -132,6 +133,7 @@ class MetaLearner(LightningModule):
             self.engine,
             self.scored_point,
             self._window_number(batch),
+            self.global_step,
         )
         estimate = self.estimator(self.rule, self.pool, window)
         self._log_window(names, estimate.scores, few_families=batch.families <= FAMILIES_SHOWN)
@@ -174,8 +176,9 @@ class MetaLearner(LightningModule):
         self.average.update_parameters(self.rule)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam with warm-up and cosine over the meta-parameters; what evolves moves as wide as it is spread."""
-        evolves, moved = isinstance(self.estimator, Evolution), defaultdict(list)
+        """Return Adam with warm-up and cosine; param levels that evolve move as wide as they are spread."""
+        evolves = isinstance(self.estimator, Evolution) and self.estimator.param_level
+        moved = defaultdict(list)
         for name, value in self.rule.named_parameters():
             moved[spread_of(name) if evolves else 1.0].append(value)
         groups = [{"params": values, "lr": self.learning_rate * spread} for spread, values in moved.items()]

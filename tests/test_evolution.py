@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from copy import deepcopy
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
@@ -22,6 +24,7 @@ from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.module import MetaLearner
 from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import build
 from lightning_hrnn.optimizer.kernels.cpp import packed, param_level_parts
@@ -111,7 +114,7 @@ def test_param_levels_agree_with_backprop_too(double_precision: None) -> None:
         estimate.surrogate.backward()
         drawn.append(torch.cat([part.grad.reshape(-1) for part in parts]))
     mean = torch.stack(drawn).mean(0)
-    spread = torch.cat(evolution._spreads(rule))  # what is spread wider is known better
+    spread = evolution.spreads(rule)[-len(expected) :]  # what is spread wider is known better
     assert torch.cosine_similarity(mean * spread, expected * spread, dim=0) > 0.7
     assert all(not value.grad.any() for value in rule.tensor_rnn.parameters())
 
@@ -164,7 +167,9 @@ def test_a_share_of_the_window_is_a_whole_run_that_cools_down() -> None:
     pool.places = [replace(place, cools=True) for place in pool]
     theta = [place.progress.theta.clone() for place in pool]
     short = Evolution(shares=[0.5, 1.0])
-    scores = {index: short(rule, make_pool(rule, 2), Window(STEPS, {0}, LogRatio(), index=index)) for index in (0, 1)}
+    scores = {
+        index: short(rule, make_pool(rule, 2), Window(STEPS, {0}, LogRatio(), meta_step=index)) for index in (0, 1)
+    }
     assert float(scores[0].surrogate.detach()) > float(scores[1].surrogate.detach())  # half the steps get less far
     short(rule, pool, Window(STEPS, {0}, LogRatio()))
     assert all(torch.equal(a, place.progress.theta) for a, place in zip(theta, pool, strict=True))
@@ -200,22 +205,76 @@ def test_it_moves_only_what_makes_rates_in_a_trainer_and_starts_from_narrower_we
     ).fit(learner, TaskDataModule("quick", instances=2, epoch_steps=3))
     moved = {name for name, value in learner.rule.named_parameters() if not torch.equal(value, start[name])}
     assert moved == EVOLVING
-    rates = {id(value): group["lr"] for group in learner.optimizers().param_groups for value in group["params"]}
-    rate = rates[id(learner.rule.rate.drift)]
-    assert rates[id(learner.rule.decay_bias)] == pytest.approx(4 * rate)  # as wide as it would be spread
-    assert rates[id(learner.rule.param_rnn.gate_weight)] == pytest.approx(0.3 * rate)
+
+
+@needs_compiler
+def test_it_moves_the_param_level_too_as_wide_as_it_is_spread_and_goes_on_from_a_checkpoint(tmp_path) -> None:
+    def fit(steps: int, resume: str | None = None) -> MetaLearner:
+        learner = MetaLearner(
+            rule_changes={"drift_inputs": ["tensor", "peak"], "without": ["gradient_shortcut"]},
+            places=2,
+            window=10,
+            scored_steps=1,
+            lives=Lives(10, 10, 10, 1),
+            estimator=Evolution(param_level=True),
+            warmup_steps=1,
+        )
+        checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            logger=False,
+            callbacks=[checkpoint],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(learner, TaskDataModule("quick", instances=2, epoch_steps=2), ckpt_path=resume)
+        return learner
+
+    torch.manual_seed(0)
+    learner = fit(2)
+    rule, new = learner.rule, HierarchicalRNN(learner.rule.config)
+    rates = {id(value): group["initial_lr"] for group in learner.optimizers().param_groups for value in group["params"]}
+    rate = rates[id(rule.rate.drift)]
+    assert rates[id(rule.decay_bias)] == pytest.approx(4 * rate)
+    assert rates[id(rule.param_rnn.gate_weight)] == pytest.approx(0.3 * rate)
+    assert rates[id(rule.tensor_rnn.gate_weight)] == pytest.approx(rate)
+    torch.manual_seed(0)
+    assert not torch.equal(rule.decay_bias, new.decay_bias)  # which does not start at random
+    assert torch.equal(rule.tensor_rnn.gate_bias, new.tensor_rnn.gate_bias)
+    assert not rule.directions["direction"].shortcut.any()  # a part that it does without stays away
+    further = fit(4, str(tmp_path / "last.ckpt"))
+    assert further.global_step == 4
+    assert not torch.equal(further.rule.decay_bias, rule.decay_bias)
 
 
 def test_rules_that_it_cannot_move_are_refused_early() -> None:
     with pytest.raises(ValueError, match="this rule's rates are 'smoothed'"):
         MetaLearner("paper", estimator=Evolution())
-    with pytest.raises(ValueError, match=r"The compiled kernels scale inputs|cannot run here"):
+    with pytest.raises(ValueError, match=r"param_level=True\) needs the compiled kernels: .* Leave param_level out"):
         MetaLearner(rule_changes={"without": ["input_scaling"]}, estimator=Evolution(param_level=True))
 
 
+@needs_compiler
+def test_param_levels_side_by_side_refuse_other_devices_and_runs_under_way() -> None:
+    rule = HierarchicalRNN()
+    layout = Layout.of([3, 2])
+    metas = packed(rule)[None]
+    with pytest.raises(ValueError, match="computed on the CPU in single or double precision, not on meta"):
+        OwnParamLevels(rule, layout, metas.to("meta"))
+    with pytest.raises(ValueError, match=r"not on cpu in torch.float16"):
+        OwnParamLevels(rule, layout, metas.half())
+    state = rule.init(layout, -7.0)
+    engine = OwnParamLevels(rule, layout, metas)
+    with torch.no_grad(), pytest.raises(ValueError, match="begin at a run's first step"):
+        rule(torch.randn(5), torch.ones(2), state._replace(age=state.age + 1), layout, engine)
+
+
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="sigma and clip must be positive"):
-        Evolution(sigma=0.0)
+    for sigma in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="sigma and clip must be positive and finite"):
+            Evolution(sigma=sigma)
     with pytest.raises(ValueError, match="shares of the window"):
         Evolution(shares=[])
     with pytest.raises(ValueError, match="shares of the window"):

@@ -34,7 +34,8 @@ class Window:
         loss: the meta-loss.
         engine: a fused equivalent of the rule's param level.
         point: where losses are taken, see `unroll`.
-        index: number of the meta-step: evolution strategies draw their perturbations by it.
+        index: a number that no two windows share, of any rank: evolution strategies draw their perturbations by it.
+        meta_step: of all ranks together.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Window:
     engine: ParamLevelEngine | None = None
     point: Point = "last"
     index: int = 0
+    meta_step: int = 0
 
 
 class Estimate(NamedTuple):

@@ -13,13 +13,14 @@ the param level.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hrnn.meta.estimators import Estimate, Window, perturbations, surrogate
 from lightning_hrnn.meta.kernels.param_levels import OwnParamLevels
@@ -27,14 +28,19 @@ from lightning_hrnn.meta.population import Population
 from lightning_hrnn.meta.truncation import TaskPool, schedule_of
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
-from lightning_hrnn.optimizer.kernels import choose_engine
-from lightning_hrnn.optimizer.kernels.cpp import packed, param_level_parts
+from lightning_hrnn.optimizer.kernels import cpp
 
 LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken
 
-SPREADS = {"gate_weight": 0.3, "candidate_weight": 0.3, "gate_bias": 0.6, "candidate_bias": 0.6, "decay_bias": 4.0}
-"""Standard deviations of perturbations of the param level beside those of rates, where not 1: weights are many, and the
-decays, near one, hardly move with their biases."""
+SPREADS = {
+    "param_rnn.gate_weight": 0.3,
+    "param_rnn.candidate_weight": 0.3,
+    "param_rnn.gate_bias": 0.6,
+    "param_rnn.candidate_bias": 0.6,
+    "decay_bias": 4.0,
+}
+"""How wide meta-parameters of the param level are spread beside rates, where not 1: weights are many, and the decays,
+near one, hardly move with their biases. When they evolve, they also move by so much more or less in a meta-step."""
 
 
 class Evolution:
@@ -48,8 +54,9 @@ class Evolution:
         sigma: standard deviation of a perturbation.
         shares: of the window, which runs last by turns: short ones, long ones.
         clip: largest difference of two meta-losses that counts.
-        param_level: whether the param level's meta-parameters evolve too: timescales and directions. Needs the compiled
-            kernels, on the CPU. All others stay as they are.
+        param_level: whether the param level's meta-parameters evolve too, all but its initial state: timescales and
+            directions. Takes the compiled kernels, whatever the engine, and runs on the CPU. All others stay as
+            they are.
         seed: of the perturbations.
 
     Raises:
@@ -68,8 +75,8 @@ class Evolution:
         param_level: bool = False,
         seed: int = 0,
     ) -> None:
-        if sigma <= 0 or clip <= 0:
-            raise ValueError(f"sigma and clip must be positive, not {sigma} and {clip}.")
+        if not (0 < sigma < math.inf and 0 < clip < math.inf):
+            raise ValueError(f"sigma and clip must be positive and finite, not {sigma} and {clip}.")
         if not shares or not all(0 < share <= 1 for share in shares):
             raise ValueError(f"shares of the window must be above 0 and at most 1, not {list(shares)}.")
         self.sigma, self.shares, self.clip, self.seed = sigma, tuple(shares), clip, seed
@@ -84,24 +91,27 @@ class Evolution:
         """
         if not isinstance(rule.rate, BoundedRate):
             raise ValueError("Evolution moves bounded rates: this rule's rates are 'smoothed'.")
-        if self.param_level:
-            choose_engine("cpp", rule)
+        if not self.param_level:
+            return
+        reason = cpp.why_unavailable() or cpp.why_unsupported(rule)
+        if reason:
+            raise ValueError(f"Evolution(param_level=True) needs the compiled kernels: {reason} Leave param_level out.")
 
     @torch.no_grad()
     def __call__(self, rule: HierarchicalRNN, pool: TaskPool, window: Window) -> Estimate:
         """Run every task of the pool from its start to its end, both ways."""
-        length = max(1, round(window.steps * self.shares[window.index % len(self.shares)]))
-        places = [replace(place, tasks=place.tasks.repeat(2), life=length) for place in pool]
+        self.check(rule)
+        length = max(1, round(window.steps * self.shares[window.meta_step % len(self.shares)]))
+        places = [replace(place, tasks=place.tasks.repeat(2), age=0, life=length) for place in pool]
         population = Population([place.tasks for place in places])
-        above = sum(len(value) for value in rule.evolving)
-        spread = self.sigma * torch.cat([torch.ones(above), *self._spreads(rule)]).to(rule.evolving[0])  # [D]
+        spread = self.sigma * self.spreads(rule)  # [D]
         generator = perturbations(spread.device, self.seed, window.index)
         noises = [_draw(spread, place.tasks.count, generator) for place in pool]
         both = spread[:, None] * torch.cat([torch.cat([e, -e], 1) for e in noises], 1)  # [D, M]
-        probe, engine, moved = perturbed(rule, population, both[:above]), window.engine, rule.evolving
+        of_rates = sum(len(value) for value in rule.evolving)
+        probe, engine = perturbed(rule, population, both[:of_rates]), window.engine
         if self.param_level:
-            engine = OwnParamLevels(rule, population.layout, packed(rule) + both[above:].T)
-            moved = [*moved, *param_level_parts(rule)]
+            engine = OwnParamLevels(rule, population.layout, cpp.packed(rule) + both[of_rates:].T)
         losses = unroll(
             probe,
             population,
@@ -116,18 +126,27 @@ class Evolution:
         estimate = torch.zeros_like(spread)
         for noise, score in zip(noises, scores, strict=True):
             plus, minus = score.chunk(2)
-            estimate += (noise * (plus - minus).clamp(-self.clip, self.clip)).mean(1) / (2 * spread * len(noises))
+            estimate += (noise * (plus - minus).clamp(-self.clip, self.clip)).mean(1) / (2 * len(noises))
+        estimate = torch.where(spread > 0, estimate / spread, 0.0)
         for place in pool:
             place.age = place.life  # this run was its whole life
         value = torch.stack([score.mean() for score in scores]).mean()
-        return Estimate(surrogate(rule, moved, estimate, value), [score[None] for score in scores])
+        return Estimate(surrogate(rule, self.moved(rule), estimate, value), [score[None] for score in scores])
 
-    def _spreads(self, rule: HierarchicalRNN) -> list[Tensor]:
-        """Return the spreads of the param level's meta-parameters, in their order, if they evolve."""
-        if not self.param_level:
-            return []
+    def moved(self, rule: HierarchicalRNN) -> list[nn.Parameter]:
+        """Return the meta-parameters that evolve."""
+        return [*rule.evolving, *(cpp.param_level_parts(rule) if self.param_level else [])]
+
+    def spreads(self, rule: HierarchicalRNN) -> Tensor:
+        """Return how wide their entries are spread, in units of sigma; those that a rule does without are not. [D]"""
         names = {value: name for name, value in rule.named_parameters()}
-        return [torch.full((part.numel(),), spread_of(names[part])) for part in param_level_parts(rule)]
+        parts = [
+            torch.full(
+                (value.numel(),), spread_of(names[value]) if value.requires_grad or not self.param_level else 0.0
+            )
+            for value in self.moved(rule)
+        ]
+        return torch.cat(parts).to(rule.evolving[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: no run outlasts its window."""
@@ -138,8 +157,8 @@ class Evolution:
 
 
 def spread_of(name: str) -> float:
-    """Return how wide a meta-parameter is spread beside others, by its name: it also moves by so much more or less."""
-    return SPREADS.get(name.rsplit(".", 1)[-1], 1.0)
+    """Return how wide a meta-parameter is spread beside others, by its name."""
+    return SPREADS.get(name, 1.0)
 
 
 def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> HierarchicalRNN:

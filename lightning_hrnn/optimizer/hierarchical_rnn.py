@@ -370,7 +370,7 @@ class HierarchicalRNN(nn.Module):
 
     @property
     def evolving(self) -> list[nn.Parameter]:
-        """The few meta-parameters that make the lengths of steps, each `[k, 1]` or `[1]`: what evolution moves.
+        """The few meta-parameters that make the lengths of steps, each `[k, 1]` or `[1]`: what evolution always moves.
 
         Where tensors try different ones, the last dimension is theirs.
         """

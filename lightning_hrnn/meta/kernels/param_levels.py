@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_hrnn.optimizer.features import Layout, count_features
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevel, RuleState
 from lightning_hrnn.optimizer.kernels.build import operators
+from lightning_hrnn.optimizer.kernels.cpp import DTYPES
 
 
 class OwnParamLevels:
@@ -26,17 +27,23 @@ class OwnParamLevels:
         metas: meta-parameters of each, in the order of `param_level_parts`. [M, W]
 
     Raises:
+        ValueError: they are not on the CPU, in single or double precision.
         BuildError: the compiled kernels cannot be had.
     """
 
     def __init__(self, rule: HierarchicalRNN, layout: Layout, metas: Tensor) -> None:
         config = rule.config
-        self.library, self.metas = operators(config.param_hidden, config.timescales), metas.contiguous()
+        if metas.device.type != "cpu" or metas.dtype not in DTYPES:
+            raise ValueError(
+                f"Param levels side by side are computed on the CPU in single or double precision, not on "
+                f"{metas.device} in {metas.dtype}: meta-train with --trainer.accelerator cpu, or leave param_level out."
+            )
+        self.library, self.metas = operators(config.param_hidden, config.timescales), metas.detach().contiguous()
         features = count_features(config.features, config.timescales)
         model_of = layout.model_of[layout.tensor_of]
-        self.grads, _ = _together(1, model_of)
-        self.hidden, _ = _together(config.param_hidden, model_of)
-        self.above, _ = _together(3 * config.param_hidden + 2, layout.model_of)
+        self.grad_order, _ = _together(1, model_of)
+        self.hidden_order, _ = _together(config.param_hidden, model_of)
+        self.above_order, _ = _together(3 * config.param_hidden + 2, layout.model_of)
         _, self.pooled_back = _together(config.param_hidden + features, layout.model_of)
         _, self.steps_back = _together(len(config.readouts), model_of)
         self.params_in = layout.params_in[layout.model_of.argsort(stable=True)]
@@ -51,15 +58,17 @@ class OwnParamLevels:
         """
         config, hidden = rule.config, state.hidden
         if not self.started:
-            self.started, hidden = True, hidden.reshape(-1)[self.hidden].view_as(hidden)  # averages are zeros
+            if state.age.any():
+                raise ValueError("Param levels side by side begin at a run's first step, one engine for each run.")
+            self.started, hidden = True, hidden.reshape(-1)[self.hidden_order].view_as(hidden)  # averages are zeros
         relative_rate = state.log_rate - rule.mean_log_rate(state, layout)
         above = torch.cat([bias, relative_rate[None], (state.age > 0).to(grad.dtype)[None]])
         hidden, average, square, pooled, steps, _ = self.library.param_levels(
-            grad[self.grads],
+            grad[self.grad_order],
             hidden,
             state.average,
             state.square,
-            above.reshape(-1)[self.above],
+            above.reshape(-1)[self.above_order],
             self.params_in,
             layout.tensors_in,
             self.metas,

@@ -15,6 +15,7 @@ using MaybeTensor = std::optional<Tensor>;
 namespace {
 
 Offsets offsets_of(const Tensor& params_in) {
+    TORCH_CHECK(params_in.is_cpu(), "the fused param level needs CPU tensors");
     const Tensor counts = params_in.contiguous();
     Offsets offsets(1, 0);
     const auto add_up = [&](const auto* sizes) {
