@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_hrnn.cli import main
 from lightning_hrnn.evaluation.runs import read_curves
 from lightning_hrnn.optimizer.config import PARTS, RuleConfig
+from lightning_hrnn.optimizer.kernels import build
 from lightning_hrnn.tracking import LogWeightsCard
 from lightning_hrnn.vision import MODELS, build_model, write_image_folder
 from lightning_hrnn.vision.models import conv_bn
@@ -49,9 +50,10 @@ INSTEAD = {
     "recipes/imagenet/resnet": [*FORKED, *SMALL_IMAGES, *SMALL_RESNET],
     "recipes/imagenet/inception": [*FORKED, *SMALL_IMAGES, "--model.model", "two_heads"],
     "recipes/imagenet/resnet101v2_hrnn_fsdp2.yaml": ALONE,
-    "recipes/meta_train/evolve.yaml": shlex.split(
-        "--model.places 2 --model.window 10 --data.instances 2 --data.validation_steps 20"
-    ),
+    "recipes/meta_train/evolve.yaml": [
+        *shlex.split("--model.places 2 --model.window 10 --data.instances 2 --data.validation_steps 20"),
+        *(["--model.estimator.init_args.param_level", "false"] if build.why_unavailable() else []),
+    ],
     "recipes/meta_train/default.yaml": shlex.split(
         "--model.places 2 --model.window 4 --model.scored_steps 2 --data.instances 2 --data.validation_steps 4"
     ),
