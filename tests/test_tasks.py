@@ -87,7 +87,7 @@ def test_corpus_draws_by_weight():
     [
         (
             lambda: get_corpus("imagenet"),
-            "unknown corpus 'imagenet'; known: extended, full, paper, quick, released, wide",
+            "unknown corpus 'imagenet'; known: balanced, extended, full, paper, quick, released, wide",
         ),
         (lambda: get_family("conv", random.Random(0)), "unknown task family 'conv'; known: .*mlp"),
         (lambda: Corpus("mine", "1", {}), "corpus 'mine' has no families"),
