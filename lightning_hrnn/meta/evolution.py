@@ -141,9 +141,7 @@ class Evolution:
         """Return how wide their entries are spread, in units of sigma; those that a rule does without are not. [D]"""
         names = {value: name for name, value in rule.named_parameters()}
         parts = [
-            torch.full(
-                (value.numel(),), spread_of(names[value]) if value.requires_grad or not self.param_level else 0.0
-            )
+            torch.full((value.numel(),), spread_of(names[value]) if value.requires_grad else 0.0)
             for value in self.moved(rule)
         ]
         return torch.cat(parts).to(rule.evolving[0])

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_hrnn.optimizer.features import Layout, count_features
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevel, RuleState
 from lightning_hrnn.optimizer.kernels.build import operators
-from lightning_hrnn.optimizer.kernels.cpp import DTYPES
+from lightning_hrnn.optimizer.kernels.cpp import DTYPES, said_from_above
 
 
 class OwnParamLevels:
@@ -61,14 +61,12 @@ class OwnParamLevels:
             if state.age.any():
                 raise ValueError("Param levels side by side begin at a run's first step, one engine for each run.")
             self.started, hidden = True, hidden.reshape(-1)[self.hidden_order].view_as(hidden)  # averages are zeros
-        relative_rate = state.log_rate - rule.mean_log_rate(state, layout)
-        above = torch.cat([bias, relative_rate[None], (state.age > 0).to(grad.dtype)[None]])
         hidden, average, square, pooled, steps, _ = self.library.param_levels(
             grad[self.grad_order],
             hidden,
             state.average,
             state.square,
-            above.reshape(-1)[self.above_order],
+            said_from_above(rule, state, bias, layout).reshape(-1)[self.above_order],
             self.params_in,
             layout.tensors_in,
             self.metas,
@@ -76,8 +74,8 @@ class OwnParamLevels:
             len(config.readouts),
             "output_scaling" not in config.without,
         )
-        pooled = pooled[self.pooled_back].view(-1, len(layout.params_in))
-        steps = steps[self.steps_back].view(len(config.readouts), -1)
+        pooled = pooled.view(-1)[self.pooled_back].view_as(pooled)
+        steps = steps.view(-1)[self.steps_back].view_as(steps)
         return ParamLevel(hidden, average, square, pooled, steps, log_rate=None)
 
 

@@ -75,9 +75,6 @@ def param_level(rule: HierarchicalRNN, grad: Tensor, state: RuleState, bias: Ten
         library = operators(config.param_hidden, config.timescales)
     except BuildError:
         return rule.param_level(grad, state, bias, layout)
-    relative_rate = state.log_rate - rule.mean_log_rate(state, layout)
-    remembers = (state.age > 0).to(grad.dtype)
-    above = torch.cat([bias, relative_rate[None], remembers[None]])
     hidden, average, square, pooled, steps = _ParamLevel.apply(
         library,
         config.momentary_bound,
@@ -88,10 +85,16 @@ def param_level(rule: HierarchicalRNN, grad: Tensor, state: RuleState, bias: Ten
         state.hidden,
         state.average,
         state.square,
-        above,
+        said_from_above(rule, state, bias, layout),
         packed(rule),
     )
     return ParamLevel(hidden, average, square, pooled, steps, log_rate=None)
+
+
+def said_from_above(rule: HierarchicalRNN, state: RuleState, bias: Tensor, layout: Layout) -> Tensor:
+    """Lay what each tensor tells its parameters below each other: gate biases, relative rate, whether it remembers."""
+    relative_rate = state.log_rate - rule.mean_log_rate(state, layout)
+    return torch.cat([bias, relative_rate[None], (state.age > 0).to(bias.dtype)[None]])
 
 
 def packed(rule: HierarchicalRNN) -> Tensor:

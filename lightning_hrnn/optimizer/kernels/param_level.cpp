@@ -58,11 +58,12 @@ template <class T> const T* data(const MaybeTensor& value) {
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Six param_level(
+// Take the forward step of models, with one row of `metas` each. All that belongs to a model lies together, model after
+// model: its hidden states [H, P of the model], and so on.
+Six forward_models(
     const Tensor& grad, const Tensor& hidden, const Tensor& average, const Tensor& square, const Tensor& above,
-    const Tensor& params_in, const Tensor& meta, double bound, int64_t readouts, bool scales) {
-    const Offsets offsets = offsets_of(params_in);
-    const int64_t params = offsets.back(), tensors = params_in.numel();
+    const Offsets& offsets, const Offsets& models, const Tensor& metas, double bound, int64_t readouts, bool scales) {
+    const int64_t params = offsets.back(), tensors = offsets.size() - 1, count = models.size() - 1;
     check(grad, 1, params, grad);
     check(hidden, H, params, grad);
     check(average, S, params, grad);
@@ -72,18 +73,43 @@ Six param_level(
     Six made = {at::empty_like(hidden),   at::empty_like(average),  at::empty_like(square),
                 empty(H + F, tensors),    empty(readouts, params),  empty(readouts, tensors)};
     with_types(grad, readouts, [&]<class T, int R>() {
-        check(meta, 1, Packed<R>::SIZE, grad);
-        const auto rule = std::make_unique<Weights<T, R>>(meta.const_data_ptr<T>(), T(bound));
-        const auto to = [](const Tensor& value) { return value.mutable_data_ptr<T>(); };
-        const auto from = [](const Tensor& value) { return value.const_data_ptr<T>(); };
+        check(metas, count, Packed<R>::SIZE, grad);
+        const auto to = [](const Tensor& value, int64_t at) { return value.mutable_data_ptr<T>() + at; };
+        const auto from = [](const Tensor& value, int64_t at) { return value.const_data_ptr<T>() + at; };
         const auto& [hidden_out, average_out, square_out, pooled, steps, inverse_rms] = made;
-        forward<T, R>(
-            *rule,
-            {from(grad), {from(hidden), from(average), from(square)}, from(above),
-             {to(hidden_out), to(average_out), to(square_out)}, to(pooled), to(steps), to(inverse_rms), scales},
-            offsets);
+        for (int64_t model = 0; model < count; model++) {
+            const int64_t t = models[model], p = offsets[t];
+            Offsets own(offsets.begin() + t, offsets.begin() + models[model + 1] + 1);
+            for (int64_t& offset : own) offset -= p;
+            const auto rule = std::make_unique<Weights<T, R>>(from(metas, model * Packed<R>::SIZE), T(bound));
+            forward<T, R>(
+                *rule,
+                {from(grad, p), {from(hidden, H * p), from(average, S * p), from(square, S * p)},
+                 from(above, ABOVE * t), {to(hidden_out, H * p), to(average_out, S * p), to(square_out, S * p)},
+                 to(pooled, (H + F) * t), to(steps, readouts * p), to(inverse_rms, readouts * t), scales},
+                own);
+        }
     });
     return made;
+}
+
+Six param_level(
+    const Tensor& grad, const Tensor& hidden, const Tensor& average, const Tensor& square, const Tensor& above,
+    const Tensor& params_in, const Tensor& meta, double bound, int64_t readouts, bool scales) {
+    const Offsets offsets = offsets_of(params_in), one = {0, params_in.numel()};
+    return forward_models(grad, hidden, average, square, above, offsets, one, meta, bound, readouts, scales);
+}
+
+// The same where models have meta-parameters of their own, as evolution strategies try them side by side.
+Six param_levels(
+    const Tensor& grad, const Tensor& hidden, const Tensor& average, const Tensor& square, const Tensor& above,
+    const Tensor& params_in, const Tensor& tensors_in, const Tensor& metas, double bound, int64_t readouts,
+    bool scales) {
+    const Offsets offsets = offsets_of(params_in), models = offsets_of(tensors_in);
+    TORCH_CHECK(
+        models.back() == params_in.numel(), "models of ", models.back(), " tensors together, but there are ",
+        params_in.numel());
+    return forward_models(grad, hidden, average, square, above, offsets, models, metas, bound, readouts, scales);
 }
 
 Six param_level_backward(
@@ -115,44 +141,6 @@ Six param_level_backward(
              with_grad ? to(out_grad) : nullptr, {to(out_hidden), to(out_average), to(out_square)}, to(out_above),
              to(out_rule)},
             offsets);
-    });
-    return made;
-}
-
-// The forward step of models that have meta-parameters of their own, one row of `metas` each. All that belongs to a model
-// lies together, model after model: its hidden states [H, P of the model], and so on.
-Six param_levels(
-    const Tensor& grad, const Tensor& hidden, const Tensor& average, const Tensor& square, const Tensor& above,
-    const Tensor& params_in, const Tensor& tensors_in, const Tensor& metas, double bound, int64_t readouts,
-    bool scales) {
-    const Offsets offsets = offsets_of(params_in), models = offsets_of(tensors_in);
-    const int64_t params = offsets.back(), tensors = params_in.numel(), count = tensors_in.numel();
-    TORCH_CHECK(models.back() == tensors, "models of ", models.back(), " tensors together, but there are ", tensors);
-    check(grad, 1, params, grad);
-    check(hidden, H, params, grad);
-    check(average, S, params, grad);
-    check(square, S, params, grad);
-    check(above, ABOVE, tensors, grad);
-    const auto empty = [&](int64_t size) { return at::empty({size}, grad.options()); };
-    Six made = {at::empty_like(hidden),   at::empty_like(average), at::empty_like(square),
-                empty((H + F) * tensors), empty(readouts * params), empty(readouts * tensors)};
-    with_types(grad, readouts, [&]<class T, int R>() {
-        check(metas, count, Packed<R>::SIZE, grad);
-        const auto to = [](const Tensor& value, int64_t at) { return value.mutable_data_ptr<T>() + at; };
-        const auto from = [](const Tensor& value, int64_t at) { return value.const_data_ptr<T>() + at; };
-        const auto& [hidden_out, average_out, square_out, pooled, steps, inverse_rms] = made;
-        for (int64_t model = 0; model < count; model++) {
-            const int64_t t = models[model], p = offsets[t];
-            Offsets own(offsets.begin() + t, offsets.begin() + models[model + 1] + 1);
-            for (int64_t& offset : own) offset -= p;
-            const auto rule = std::make_unique<Weights<T, R>>(from(metas, model * Packed<R>::SIZE), T(bound));
-            forward<T, R>(
-                *rule,
-                {from(grad, p), {from(hidden, H * p), from(average, S * p), from(square, S * p)},
-                 from(above, ABOVE * t), {to(hidden_out, H * p), to(average_out, S * p), to(square_out, S * p)},
-                 to(pooled, (H + F) * t), to(steps, readouts * p), to(inverse_rms, readouts * t), scales},
-                own);
-        }
     });
     return made;
 }
