@@ -176,8 +176,8 @@ class MetaLearner(LightningModule):
         self.average.update_parameters(self.rule)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam with warm-up and cosine; param levels that evolve move as wide as they are spread."""
-        evolves = isinstance(self.estimator, Evolution) and self.estimator.param_level
+        """Return Adam with warm-up and cosine; what evolves moves as wide as it is spread."""
+        evolves = isinstance(self.estimator, Evolution) and (self.estimator.param_level or self.estimator.explore > 0)
         moved = defaultdict(list)
         for name, value in self.rule.named_parameters():
             moved[spread_of(name) if evolves else 1.0].append(value)

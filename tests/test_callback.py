@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from lightning_hrnn.callbacks import HRNNOptimizerCallback, configure_hrnn, hrnn_optimizers
 from lightning_hrnn.optimizer.optimizer import HRNN
-from lightning_hrnn.optimizer.pretrained import WeightsError
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, WeightsError
 
 
 class Unlucky(Regression):
@@ -59,7 +59,8 @@ def test_a_users_module_with_adamw_and_cosine_trains_by_adding_the_callback_alon
     assert isinstance(trainer.optimizers[0], HRNN)
     assert sum(module.loss(batch).item() for batch in batches) < 0.8 * before
     (message,) = said(caplog)
-    assert message.startswith("HRNNOptimizerCallback: AdamW -> HRNN (weights: hrnn-v1, lr: 1 x the learned rates)")
+    start = f"HRNNOptimizerCallback: AdamW -> HRNN (weights: {DEFAULT_WEIGHTS}, lr: 1 x the learned rates)"
+    assert message.startswith(start)
     assert "Dropped: CosineAnnealingLR" in message
 
 
@@ -222,7 +223,7 @@ def test_configure_hrnn_trains_a_module_that_configures_nothing(tmp_path, caplog
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     with caplog.at_level(logging.INFO):
         trainer.fit(module, Batches())
-    assert said(caplog) == ["configure_hrnn: HRNN (weights: hrnn-v1) for all trainable parameters."]
+    assert said(caplog) == [f"configure_hrnn: HRNN (weights: {DEFAULT_WEIGHTS}) for all trainable parameters."]
     (optimizer,) = trainer.optimizers
     assert type(optimizer) is HRNN
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
@@ -397,5 +398,5 @@ def test_options_of_another_kind(options, message):
 
 
 def test_unknown_weights_are_an_error_at_once():
-    with pytest.raises(WeightsError, match=r"Unknown weights 'hrnn-v99': choose from .*'hrnn-v1'"):
+    with pytest.raises(WeightsError, match=rf"Unknown weights 'hrnn-v99': choose from .*'{DEFAULT_WEIGHTS}'"):
         HRNNOptimizerCallback(weights="hrnn-v99")

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from lightning_hrnn.callbacks import HRNNOptimizerCallback
 from lightning_hrnn.conversion import Conversion
 from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 from lightning_hrnn.options import HRNNOptions
 from lightning_hrnn.schedulers import HeldLR
 
@@ -262,4 +263,5 @@ def test_optimizers_that_cannot_be_stood_in_for(make, message):
 def test_many_optimizers_of_a_kind_are_counted():
     gan = GAN()
     both = [Adam(gan.generator.parameters()), Adam(gan.critic.parameters())]
-    assert str(Conversion(both, HRNNOptions(lr=0.5))).startswith("2 x Adam -> HRNN (weights: hrnn-v1, lr: 0.5 x")
+    said = str(Conversion(both, HRNNOptions(lr=0.5)))
+    assert said.startswith(f"2 x Adam -> HRNN (weights: {DEFAULT_WEIGHTS}, lr: 0.5 x")

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 
 
 def steps(optimizer, module, batches):
@@ -103,7 +104,7 @@ def test_state_dict_hooks_see_and_change_what_is_saved():
     saved = optimizer.state_dict()
     assert order == [True, ["param_groups", "state"]]
     assert saved["mine"] == 7
-    assert saved["hrnn"]["weights"] == "hrnn-v1"
+    assert saved["hrnn"]["weights"] == DEFAULT_WEIGHTS
 
 
 @pytest.mark.parametrize("returns", [True, False])
@@ -298,7 +299,8 @@ def test_it_says_what_it_is():
 def test_other_weights_are_refused_with_the_two_mends():
     _, optimizer = trained()
     twin = HRNN(Regression().parameters(), weights=other_rule())
-    with pytest.raises(ValueError, match=r"weights 'hrnn-v1'.*same weights to resume, or with other_weights='adapt'"):
+    mends = rf"weights '{DEFAULT_WEIGHTS}'.*same weights to resume, or with other_weights='adapt'"
+    with pytest.raises(ValueError, match=mends):
         twin.load_state_dict(optimizer.state_dict())
 
 
@@ -307,7 +309,8 @@ def test_other_weights_are_adapted_if_asked_for():
     rule = other_rule(param_hidden=7, tensor_hidden=5)
     twin = HRNN(module.parameters(), weights=rule, other_weights="adapt")
     start = copy.deepcopy(list(twin.state.values()))
-    with pytest.warns(UserWarning, match=r"made with the weights 'hrnn-v1'.*'custom'.*hidden states start anew"):
+    told = rf"made with the weights '{DEFAULT_WEIGHTS}'.*'custom'.*hidden states start anew"
+    with pytest.warns(UserWarning, match=told):
         twin.load_state_dict(optimizer.state_dict())
     for fresh, theirs, mine in zip(start, optimizer.state.values(), twin.state.values(), strict=True):
         for key in ("average", "square", "log_rate", "age"):

@@ -5,7 +5,7 @@ of today does to the loss in a thousand steps. Nor does it see how a step change
 differentiates through them, which explodes. Evolution sees whole runs and nothing but their ends. The variance of its
 estimate grows with the number of meta-parameters, so it moves those that make the lengths of steps
 (`HierarchicalRNN.evolving`), and if asked the param level's as well. Every instance of every task tries a perturbation
-of its own, at the cost of two plain runs.
+of its own, at the cost of two plain runs; in the same runs learned rates may be explored, see `meta.exploration`.
 
 Legend: `D` meta-parameters that evolve, `B` instances of a task batch, `M` models, `T` tensors, `W` meta-parameters of
 the param level.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hrnn.meta.estimators import Estimate, Window, perturbations, surrogate
+from lightning_hrnn.meta.exploration import Exploration
 from lightning_hrnn.meta.kernels.param_levels import OwnParamLevels
 from lightning_hrnn.meta.population import Population
 from lightning_hrnn.meta.truncation import TaskPool, schedule_of
@@ -32,15 +33,28 @@ from lightning_hrnn.optimizer.kernels import cpp
 
 LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken
 
+NEGLIGIBLE = 2e-3  # difference of meta-losses that is not worth to be balanced with others
+
+EXPLORED = ("rate.drift", "rate.drift_bias", "rate.first")  # not perturbed themselves, where what they do is
+
 SPREADS = {
     "param_rnn.gate_weight": 0.3,
     "param_rnn.candidate_weight": 0.3,
     "param_rnn.gate_bias": 0.6,
     "param_rnn.candidate_bias": 0.6,
     "decay_bias": 4.0,
+    "tensor_rnn.gate_weight": 0.3,
+    "tensor_rnn.candidate_weight": 0.3,
+    "tensor_rnn.gate_bias": 0.3,
+    "tensor_rnn.candidate_bias": 0.3,
+    "global_rnn.gate_weight": 0.3,
+    "global_rnn.candidate_weight": 0.3,
+    "global_rnn.gate_bias": 0.3,
+    "global_rnn.candidate_bias": 0.3,
+    "global_to_tensor": 0.3,
 }
-"""How wide meta-parameters of the param level are spread beside rates, where not 1: weights are many, and the decays,
-near one, hardly move with their biases. When they evolve, they also move by so much more or less in a meta-step."""
+"""How wide meta-parameters are spread beside rates, where not 1, and by how much more or less than those they move in a
+meta-step: weights are many, and the decays, near one, hardly move with their biases."""
 
 
 class Evolution:
@@ -53,10 +67,14 @@ class Evolution:
     Args:
         sigma: standard deviation of a perturbation.
         shares: of the window, which runs last by turns: short ones, long ones.
-        clip: largest difference of two meta-losses that counts.
+        clip: largest difference of two meta-losses that counts; if `balance`, in units of their root mean square.
+        balance: whether each task batch weighs the same: differences are divided by their root mean square over the
+            batch. Else those of tasks whose losses vary most own the estimate, with their noise.
         param_level: whether the param level's meta-parameters evolve too, all but its initial state: timescales and
             directions. Takes the compiled kernels, whatever the engine, and runs on the CPU. All others stay as
             they are.
+        explore: standard deviation of nudges of log rates; above 0, what moves learned rates (their drift and all that
+            it depends on) learns from these instead of perturbations of its own.
         seed: of the perturbations.
 
     Raises:
@@ -73,14 +91,18 @@ class Evolution:
         shares: Sequence[float] = (0.2, 0.5, 1.0),
         clip: float = 1.0,
         param_level: bool = False,
+        explore: float = 0.0,
+        balance: bool = False,
         seed: int = 0,
     ) -> None:
+        if not 0 <= explore < math.inf:
+            raise ValueError(f"explore must be finite and not negative, not {explore}.")
         if not (0 < sigma < math.inf and 0 < clip < math.inf):
             raise ValueError(f"sigma and clip must be positive and finite, not {sigma} and {clip}.")
         if not shares or not all(0 < share <= 1 for share in shares):
             raise ValueError(f"shares of the window must be above 0 and at most 1, not {list(shares)}.")
         self.sigma, self.shares, self.clip, self.seed = sigma, tuple(shares), clip, seed
-        self.param_level = param_level
+        self.param_level, self.explore, self.balance = param_level, explore, balance
 
     def check(self, rule: HierarchicalRNN) -> None:
         """Refuse a rule that it cannot move.
@@ -110,6 +132,10 @@ class Evolution:
         both = spread[:, None] * torch.cat([torch.cat([e, -e], 1) for e in noises], 1)  # [D, M]
         of_rates = sum(len(value) for value in rule.evolving)
         probe, engine = perturbed(rule, population, both[:of_rates]), window.engine
+        exploration = None
+        if self.explore:
+            exploration = Exploration(rule, population, length, self.explore, generator)
+            exploration.watch(probe)
         if self.param_level:
             engine = OwnParamLevels(rule, population.layout, cpp.packed(rule) + both[of_rates:].T)
         losses = unroll(
@@ -123,15 +149,26 @@ class Evolution:
         ).losses
         initial = torch.cat([place.initial_loss.repeat(2) for place in places])
         scores = population.by_batch(window.loss(losses, initial).mean(0))
+        differences = [self._difference(score) for score in scores]
         estimate = torch.zeros_like(spread)
-        for noise, score in zip(noises, scores, strict=True):
-            plus, minus = score.chunk(2)
-            estimate += (noise * (plus - minus).clamp(-self.clip, self.clip)).mean(1) / (2 * len(noises))
+        for noise, difference in zip(noises, differences, strict=True):
+            estimate += (noise * difference).mean(1) / (2 * len(noises))
         estimate = torch.where(spread > 0, estimate / spread, 0.0)
         for place in pool:
             place.age = place.life  # this run was its whole life
-        value = torch.stack([score.mean() for score in scores]).mean()
-        return Estimate(surrogate(rule, self.moved(rule), estimate, value), [score[None] for score in scores])
+        total = surrogate(rule, self.moved(rule), estimate, torch.stack([score.mean() for score in scores]).mean())
+        if exploration is not None:
+            with torch.enable_grad():
+                total = total + exploration.surrogate(rule, differences)
+        return Estimate(total, [score[None] for score in scores])
+
+    def _difference(self, score: Tensor) -> Tensor:  # [2 B] -> [B]
+        """Compare the meta-losses of the pairs of a batch."""
+        plus, minus = score.chunk(2)
+        difference = plus - minus
+        if self.balance:
+            difference = difference / (difference.square().mean().sqrt() + NEGLIGIBLE)
+        return difference.clamp(-self.clip, self.clip)
 
     def moved(self, rule: HierarchicalRNN) -> list[nn.Parameter]:
         """Return the meta-parameters that evolve."""
@@ -140,8 +177,9 @@ class Evolution:
     def spreads(self, rule: HierarchicalRNN) -> Tensor:
         """Return how wide their entries are spread, in units of sigma; those that a rule does without are not. [D]"""
         names = {value: name for name, value in rule.named_parameters()}
+        still = EXPLORED if self.explore else ()
         parts = [
-            torch.full((value.numel(),), spread_of(names[value]) if value.requires_grad else 0.0)
+            torch.full((value.numel(),), spread_of(names[value]) * (value.requires_grad and names[value] not in still))
             for value in self.moved(rule)
         ]
         return torch.cat(parts).to(rule.evolving[0])
