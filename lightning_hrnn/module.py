@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_hrnn.evaluation.suites import Outcome
+from lightning_hrnn.evaluation.suites import ValidationResult
 from lightning_hrnn.meta.estimators import PES, Estimator, TruncatedBackprop, Window
 from lightning_hrnn.meta.evolution import Evolution, spread_of
 from lightning_hrnn.meta.loss import LogRatio
@@ -56,8 +56,8 @@ class MetaLearner(LightningModule):
         cooling: share of the task batches whose learned rates cool down over the last half of their lives.
         estimator: of the meta-gradient: `TruncatedBackprop` (the default), `PES`, or `Evolution`, whose windows are
             whole runs that are scored at their ends alone.
-        learning_rate: of the meta-optimizer, Adam; times how wide a meta-parameter is spread, where the param level
-            evolves.
+        learning_rate: of the meta-optimizer, Adam; with `Evolution` of the param level or with exploration, times the
+            meta-parameter's entry in `SPREADS`.
         warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
         averaging: decay of the weight average that is validated and exported.
         engine: `"auto"`, `"eager"`, or `"cpp"`: how the param level is computed.
@@ -111,7 +111,7 @@ class MetaLearner(LightningModule):
             self.estimator.check(self.rule)
         self.skipped_meta_steps = 0
         self._stored_pool: dict[str, Any] | None = None
-        self._evaluation: dict[str, Outcome] = {}
+        self._evaluation: dict[str, ValidationResult] = {}
         self._recent: deque[Tensor] = deque(maxlen=RECENT)
 
     # ------------------------------------------------------------------ a meta-step
@@ -212,14 +212,14 @@ class MetaLearner(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Train one unseen network with the averaged rule, far past the training horizon, beside tuned Adam."""
         with torch.inference_mode(False), torch.no_grad():
-            outcome = batch.run(self.averaged_rule, self.initial_rate, self.engine, self.device)
-        self._evaluation[batch.name] = outcome
-        self.log(f"val/{batch.name}", outcome.regret, sync_dist=True, batch_size=1)
-        self.log("val/diverged", outcome.diverged, sync_dist=True, batch_size=1)
+            result = batch.run(self.averaged_rule, self.initial_rate, self.engine, self.device)
+        self._evaluation[batch.name] = result
+        self.log(f"val/{batch.name}", result.regret, sync_dist=True, batch_size=1)
+        self.log("val/diverged", result.diverged, sync_dist=True, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
         """Log the score that chooses the best checkpoint."""
-        score = torch.stack([outcome.regret for outcome in self._evaluation.values()]).mean()
+        score = torch.stack([result.regret for result in self._evaluation.values()]).mean()
         self.log("val/regret", score, prog_bar=True, sync_dist=True)
 
     # ------------------------------------------------------------------ what is kept
@@ -262,7 +262,7 @@ class MetaLearner(LightningModule):
                 "window": self.window,
                 "started_from": self.started_from,
             }
-        evaluation = [outcome.row(name) for name, outcome in sorted(self._evaluation.items())]
+        evaluation = [result.row(name) for name, result in sorted(self._evaluation.items())]
         full = {**history, "initial_rate": self.initial_rate, "evaluation": evaluation, **(card or {})}
         return save_pretrained(self.averaged_rule, path, full)
 

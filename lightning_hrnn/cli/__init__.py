@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     for message, category in BETWEEN_LIBRARIES:
         warnings.filterwarnings("ignore", message, category)
-    with reporting_errors(debug) as outcome:
+    with reporting_errors(debug) as ending:
         if arguments and arguments[0] in COMMANDS:
             command = import_module(f"{__name__}.{arguments[0].replace('-', '_')}")
             command.run(arguments[1:])
         else:
             _parser().parse_args(arguments)  # shows the help or the version, or says what is wrong
-    return outcome.status
+    return ending.status
 
 
 def _parser() -> CommandParser:

@@ -34,31 +34,31 @@ UNION_NOISE = (
 
 
 @dataclass
-class Outcome:
+class Ending:
     """How a command ended: its exit status."""
 
     status: int = 0
 
 
 @contextmanager
-def reporting_errors(debug: bool = False) -> Iterator[Outcome]:
+def reporting_errors(debug: bool = False) -> Iterator[Ending]:
     """Report in one line the errors that a user can cause and mend; let others, our bugs, through.
 
     Args:
         debug: Let every error through, with its traceback.
     """
-    outcome = Outcome()
+    ending = Ending()
     try:
-        yield outcome
+        yield ending
     except KeyboardInterrupt as interrupt:
-        outcome.status = INTERRUPTED
+        ending.status = INTERRUPTED
         _say("; ".join(["interrupted", *map(str, filter(None, interrupt.args))]))
     except SystemExit as leaving:  # of `--help`, `--version` and `--print_config`
-        outcome.status = leaving.code if isinstance(leaving.code, int) else FAILURE if leaving.code else 0
+        ending.status = leaving.code if isinstance(leaving.code, int) else FAILURE if leaving.code else 0
     except Exception as error:
         if debug or not _is_users(error):
             raise
-        outcome.status = USAGE if isinstance(error, argparse.ArgumentError) else FAILURE
+        ending.status = USAGE if isinstance(error, argparse.ArgumentError) else FAILURE
         _say(explain(error))
 
 

@@ -23,7 +23,7 @@ LOSS_FLOOR = 3e-3  # of the first loss: below this, less is not counted as bette
 LR_GRID = tuple(10 ** (exponent / 2) for exponent in range(-8, -2))  # 1e-4 to 3e-2, half a decade apart
 
 
-class Outcome(NamedTuple):
+class ValidationResult(NamedTuple):
     """Hold how a validation run went."""
 
     regret: Tensor  # [] mean over instances and scored steps of the log loss less tuned Adam's; 0 is as good
@@ -73,7 +73,7 @@ class ValidationRun(NamedTuple):
         initial_rate: float,
         engine: ParamLevelEngine | None = None,
         device: torch.device | str = "cpu",
-    ) -> Outcome:
+    ) -> ValidationResult:
         """Train the network with the rule, cooling down over the last half, and compare."""
         population = Population([TaskBatch.draw(VALIDATION_NETS[self.name](), INSTANCES, SEED, device)])
         initial = population.losses(population.initial_params())
@@ -83,7 +83,7 @@ class ValidationRun(NamedTuple):
         baseline = _tuned_adam(self.name, self.steps, str(device))
         worst, least = initial * 10, initial * LOSS_FLOOR  # a loss that is not finite counts as the worst
         safe = torch.where(losses.isfinite(), losses, worst).minimum(worst)
-        return Outcome(
+        return ValidationResult(
             regret=((safe + least) / (baseline + least)).log().mean(),
             diverged=(safe[-1] > initial).float().mean(),
             losses=losses,

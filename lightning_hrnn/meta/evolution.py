@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -43,39 +44,34 @@ SPREADS = {
     "param_rnn.gate_bias": 0.6,
     "param_rnn.candidate_bias": 0.6,
     "decay_bias": 4.0,
-    "tensor_rnn.gate_weight": 0.3,
-    "tensor_rnn.candidate_weight": 0.3,
-    "tensor_rnn.gate_bias": 0.3,
-    "tensor_rnn.candidate_bias": 0.3,
-    "global_rnn.gate_weight": 0.3,
-    "global_rnn.candidate_weight": 0.3,
-    "global_rnn.gate_bias": 0.3,
-    "global_rnn.candidate_bias": 0.3,
+    "tensor_rnn": 0.3,
+    "global_rnn": 0.3,
     "global_to_tensor": 0.3,
 }
-"""How wide meta-parameters are spread beside rates, where not 1, and by how much more or less than those they move in a
-meta-step: weights are many, and the decays, near one, hardly move with their biases."""
+"""By how much more or less than those of rates other meta-parameters move in a meta-step, by the beginnings of their
+names, and how wide those are spread that are perturbed: weights are many, and the decays, near one, hardly move with
+their biases."""
 
 
 class Evolution:
     """Perturb meta-parameters, and weigh perturbations by the losses at the end of whole runs.
 
     Each window is one run of every task of the pool, from its start. Each instance runs twice, with a perturbation `e`
-    and with `-e`; the estimate is the mean of `e (L+ - L-) / (2 sigma)` for `e ~ N(0, 1)`, with differences clipped, so
-    that a task that diverges says which way not to go and no more.
+    and with `-e`, on the same minibatches; the estimate is the mean of `e (L+ - L-) / (2 sigma)` for `e ~ N(0, 1)`,
+    with differences clipped, so that a task that diverges says which way not to go and no more.
 
     Args:
         sigma: standard deviation of a perturbation.
         shares: of the window, which runs last by turns: short ones, long ones.
-        clip: largest difference of two meta-losses that counts; if `balance`, in units of their root mean square.
+        clip: largest difference of two meta-losses that counts; if `balance`, in units of their root mean square
+            over the batch, so that 2 to 3 is as much as a clip as 1 is without.
         balance: whether each task batch weighs the same: differences are divided by their root mean square over the
             batch. Else those of tasks whose losses vary most own the estimate, with their noise.
         param_level: whether the param level's meta-parameters evolve too, all but its initial state: timescales and
-            directions. Takes the compiled kernels, whatever the engine, and runs on the CPU. All others stay as
-            they are.
+            directions. Takes the compiled kernels, whatever the engine, and runs on the CPU.
         explore: standard deviation of nudges of log rates; above 0, what moves learned rates (their drift and all that
             it depends on) learns from these instead of perturbations of its own.
-        seed: of the perturbations.
+        seed: of the perturbations and nudges.
 
     Raises:
         ValueError: an argument is out of range.
@@ -124,7 +120,7 @@ class Evolution:
         """Run every task of the pool from its start to its end, both ways."""
         self.check(rule)
         length = max(1, round(window.steps * self.shares[window.meta_step % len(self.shares)]))
-        places = [replace(place, tasks=place.tasks.repeat(2), age=0, life=length) for place in pool]
+        places = [replace(place, tasks=place.tasks.twice(), age=0, life=length) for place in pool]
         population = Population([place.tasks for place in places])
         spread = self.sigma * self.spreads(rule)  # [D]
         generator = perturbations(spread.device, self.seed, window.index)
@@ -132,21 +128,19 @@ class Evolution:
         both = spread[:, None] * torch.cat([torch.cat([e, -e], 1) for e in noises], 1)  # [D, M]
         of_rates = sum(len(value) for value in rule.evolving)
         probe, engine = perturbed(rule, population, both[:of_rates]), window.engine
-        exploration = None
-        if self.explore:
-            exploration = Exploration(rule, population, length, self.explore, generator)
-            exploration.watch(probe)
+        exploration = Exploration(rule, population, length, self.explore, generator) if self.explore else None
         if self.param_level:
             engine = OwnParamLevels(rule, population.layout, cpp.packed(rule) + both[of_rates:].T)
-        losses = unroll(
-            probe,
-            population,
-            begin(probe, population, population.layout.to_tensors(_first_log_rates(pool))),
-            length,
-            {max(0, length - 1 - before) for before in LAST_STEPS},
-            engine,
-            schedule=schedule_of(places, population),
-        ).losses
+        with exploration.watching(probe) if exploration else nullcontext():
+            losses = unroll(
+                probe,
+                population,
+                begin(probe, population, population.layout.to_tensors(_first_log_rates(pool))),
+                length,
+                {max(0, length - 1 - before) for before in LAST_STEPS},
+                engine,
+                schedule=schedule_of(places, population),
+            ).losses
         initial = torch.cat([place.initial_loss.repeat(2) for place in places])
         scores = population.by_batch(window.loss(losses, initial).mean(0))
         differences = [self._difference(score) for score in scores]
@@ -158,7 +152,7 @@ class Evolution:
             place.age = place.life  # this run was its whole life
         total = surrogate(rule, self.moved(rule), estimate, torch.stack([score.mean() for score in scores]).mean())
         if exploration is not None:
-            with torch.enable_grad():
+            with torch.enable_grad():  # as `surrogate` does by itself
                 total = total + exploration.surrogate(rule, differences)
         return Estimate(total, [score[None] for score in scores])
 
@@ -194,7 +188,7 @@ class Evolution:
 
 def spread_of(name: str) -> float:
     """Return how wide a meta-parameter is spread beside others, by its name."""
-    return SPREADS.get(name, 1.0)
+    return next((spread for start, spread in SPREADS.items() if name.startswith(start)), 1.0)
 
 
 def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> HierarchicalRNN:

@@ -3,8 +3,8 @@
 Evolution perturbs meta-parameters, and the variance of what it finds grows with their number. Exploration perturbs what
 they *do*. A log rate is nudged in some stretch of a run, and the loss at the end of the run says whether that was good;
 backprop through the few steps before it says which meta-parameters would have moved the log rate so. That is a policy
-gradient, whose actions are the moves of log rates. It reaches all that rates depend on, the tensor RNN and the global
-RNN included, however many meta-parameters they have.
+gradient, whose actions are the moves of log rates. It reaches all that moves them, the tensor RNN and the global RNN
+included, however many meta-parameters they have. What those RNNs say to the param level is not credited.
 
 Legend: `K` stretches of a run, `T` tensors, `M` models.
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN, ParamLevel, RuleState
 
 STRETCH = 0.7  # length of a stretch in log time: a rate that rises like t^2 gains a factor of 4
-MEMORY = 6  # steps that backprop goes back from a sampled one
+MEMORY = 6  # steps that backprop goes back, the sampled one included
 SHARED = 0.5  # share of a nudge's variance that all tensors of a model have in common
 
 
@@ -40,9 +41,10 @@ class Seen(NamedTuple):
 class Exploration:
     """Nudge the log rates of runs, and remember what the rule saw at a step of each stretch.
 
-    A run is divided into stretches of equal length in log time, since log rates drift by so much in each at most. In a
-    stretch the log rate of each tensor is nudged by a normal variate, spread over its steps as the drift is; one more
-    nudges the first rate. Runs come in pairs whose nudges are opposite.
+    A run is divided into stretches of equal length in log time, since log rates drift by so much in each at most; the
+    first step, whose move makes the first rate where that is learned, is one by itself. In a stretch the log rate of
+    each tensor is nudged by a normal variate, spread over its steps as the drift is. Runs come in pairs whose nudges
+    are opposite. A nudge comes on top of the bounds of a rate, which hold again from the next step on.
 
     Args:
         rule: with bounded rates, whose runs they are.
@@ -50,6 +52,9 @@ class Exploration:
         length: of the runs, in steps.
         sigma: standard deviation of a nudge.
         generator: of the nudges.
+
+    Raises:
+        ValueError: a batch has an odd number of models.
 
     Reference:
         Williams, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning, 1992, for
@@ -60,34 +65,31 @@ class Exploration:
     def __init__(
         self, rule: HierarchicalRNN, population: Population, length: int, sigma: float, generator: torch.Generator
     ) -> None:
+        if any(batch.count % 2 for batch in population.batches):
+            raise ValueError("Runs are explored in pairs: each batch needs an even number of models.")
         assert isinstance(rule.rate, BoundedRate)
-        self.sigma, self.layout, self.delay = sigma, population.layout, rule.rate.delay
+        self.layout, self.delay = population.layout, rule.rate.delay
         self.tensors = [len(batch.params) for batch in population.batches]
-        device, dtype = population.layout.params_in.device, population.layout.params_in.dtype
-        ages = torch.arange(length, dtype=torch.float64)
-        whole = math.log1p(length / self.delay)
-        count = max(1, round(whole / STRETCH))
-        stretches = ((ages / self.delay).log1p() / whole * count).long()  # [length]
-        reach = torch.zeros(count, dtype=torch.float64).index_add(0, stretches, 1 / (self.delay + ages))
-        self.stretches, self.reach = stretches.tolist(), reach.tolist()
-        self.sampled = {_draw(1 / (self.delay + ages) * (stretches == k), generator) for k in set(self.stretches)}
+        self.stretches = _stretches(length, self.delay, alone=bool(rule.rate.first_inputs))
+        count = self.stretches[-1] + 1
+        speed = [1 / (self.delay + age) for age in range(length)]  # of the drift
+        self.reach = [0.0] * count  # of the drift in a stretch
+        for stretch, value in zip(self.stretches, speed, strict=True):
+            self.reach[stretch] += value
+        of_step = torch.tensor(self.stretches)
+        self.sampled = {_draw(torch.tensor(speed) * (of_step == stretch), generator) for stretch in range(count)}
         pairs = [batch.count // 2 for batch in population.batches]
-        nudges = [self._pairs(*shape, count + 1, generator) for shape in zip(pairs, self.tensors, strict=True)]
-        self.nudges = torch.cat(nudges, 1).to(device, dtype)  # [K + 1, T], the last of first rates
+        drawn = [_nudges(count, *shape, sigma, generator) for shape in zip(self.tensors, pairs, strict=True)]
+        self.nudges, self.log_odds = (  # [K, T]
+            torch.cat(parts, 1).to(self.layout.params_in) for parts in zip(*drawn, strict=True)
+        )
         self.recent: deque[Seen] = deque(maxlen=MEMORY)
         self.kept: list[tuple[int, list[Seen]]] = []  # number of the stretch, and the steps up to one of its
         self.step = 0
 
-    def _pairs(self, instances: int, tensors: int, count: int, generator: torch.Generator) -> Tensor:
-        """Draw nudges for a batch of pairs. [count, tensors of all its models]"""
-        of_model, of_tensor = (
-            torch.randn(count, rows, instances, generator=generator, device=generator.device) for rows in (1, tensors)
-        )
-        nudges = self.sigma * (math.sqrt(SHARED) * of_model + math.sqrt(1 - SHARED) * of_tensor)
-        return torch.cat([nudges, -nudges], 2).reshape(count, -1)
-
-    def watch(self, rule: HierarchicalRNN) -> None:
-        """Nudge the log rates of a rule from its first step on: its upper levels answer to this from now on."""
+    @contextmanager
+    def watching(self, rule: HierarchicalRNN) -> Iterator[None]:
+        """Nudge the log rates of a rule in a run: for now its upper levels answer to this."""
         upper_levels = rule.upper_levels
 
         def nudged(
@@ -98,19 +100,19 @@ class Exploration:
             return after._replace(log_rate=after.log_rate + self._nudge())
 
         rule.upper_levels = nudged  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del rule.upper_levels
 
     def _nudge(self) -> Tensor:
         """Keep the last steps if one is sampled, and return what to add to log rates after it. [T]"""
         step, stretch = self.step, self.stretches[self.step]
-        if step == 0:
-            self.kept.append((-1, list(self.recent)))
         if step in self.sampled:
             self.kept.append((stretch, list(self.recent)))
         self.step += 1
-        nudge = self.nudges[stretch] / (self.delay + step) / self.reach[stretch]
-        return nudge + self.nudges[-1] if step == 0 else nudge
+        return self.nudges[stretch] / (self.delay + step) / self.reach[stretch]
 
-    @torch.enable_grad()
     def surrogate(self, rule: HierarchicalRNN, differences: Sequence[Tensor]) -> Tensor:
         """Return a scalar of value 0 whose gradient is the estimate of the meta-gradient.
 
@@ -123,10 +125,8 @@ class Exploration:
         total = advantage.new_zeros(())
         for stretch, steps in self.kept:
             before, after = self._replayed(rule, steps)
-            moved = after.log_rate - before.log_rate
-            if stretch >= 0:  # one step stands for all of the stretch
-                moved = moved * (self.delay + before.age) * self.reach[stretch]
-            total = total + (advantage * self.nudges[stretch] / self.sigma**2 * moved).sum()
+            moved = (after.log_rate - before.log_rate) * (self.delay + before.age) * self.reach[stretch]  # in all of it
+            total = total + (advantage * self.log_odds[stretch] * moved).sum()
         return total - total.detach()
 
     def _replayed(self, rule: HierarchicalRNN, steps: Sequence[Seen]) -> tuple[RuleState, RuleState]:
@@ -136,6 +136,36 @@ class Exploration:
             before = seen.state._replace(tensor_hidden=after.tensor_hidden, global_hidden=after.global_hidden)
             after = rule.upper_levels(seen.param, seen.param_rms, before, self.layout, seen.below)
         return before, after
+
+
+def _stretches(length: int, delay: float, alone: bool) -> list[int]:
+    """Return the number of the stretch of each step of a run.
+
+    Args:
+        length: of the run.
+        delay: of the drift, which sets how fast log time goes.
+        alone: whether the first step is a stretch by itself.
+    """
+    start = int(alone and length > 1)
+    whole = math.log((delay + length) / (delay + start))
+    count = max(1, round(whole / STRETCH))
+    found = [int(math.log((delay + age) / (delay + start)) / whole * count) for age in range(start, length)]
+    numbers = {number: rank for rank, number in enumerate(sorted(set(found)))}  # a short run may leave some empty
+    return [0] * start + [start + numbers[number] for number in found]
+
+
+def _nudges(
+    count: int, tensors: int, pairs: int, sigma: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:  # [count, tensors of all models] each
+    """Draw the nudges of a batch, and the gradients of their log densities with respect to their means."""
+    of_model, of_tensor = (
+        torch.randn(count, rows, pairs, generator=generator, device=generator.device) for rows in (1, tensors)
+    )
+    nudges = sigma * (math.sqrt(SHARED) * of_model + math.sqrt(1 - SHARED) * of_tensor)
+    in_common = SHARED * tensors / (1 - SHARED + SHARED * tensors) * nudges.mean(1, keepdim=True)
+    log_odds = (nudges - in_common) / ((1 - SHARED) * sigma**2)
+    both = (torch.cat([value, -value], 2).reshape(count, -1) for value in (nudges, log_odds))
+    return next(both), next(both)
 
 
 def _to_tensors(difference: Tensor, tensors: int) -> Tensor:

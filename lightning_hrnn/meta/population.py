@@ -9,7 +9,7 @@ Legend: `B` instances of one family, `P` parameters, `T` tensors and `M` models 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from lightning_hrnn.meta.kernels.tasks import FusedTasks, fuse
 from lightning_hrnn.optimizer.features import Layout
 from lightning_hrnn.optimizer.hierarchical_rnn import RuleState
 from lightning_hrnn.tasks.base import Data, Params, TaskFamily
+from lightning_hrnn.tasks.draws import InStep
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ class TaskBatch:
 
         data = {key: repeated(value) for key, value in self.data.items()}
         return TaskBatch(self.family, [repeated(value) for value in self.params], data, self.generator)
+
+    def twice(self) -> TaskBatch:
+        """Return the instances twice over, one after the other, each with the same minibatches and noise as its twin.
+
+        Families that draw by other means than `tasks.draws` give twins draws of their own.
+        """
+        return replace(self.repeat(2), generator=InStep.of(self.generator, copies=2))
 
     @property
     def count(self) -> int:

@@ -10,29 +10,61 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 
+class InStep(torch.Generator):
+    """A source from which copies of instances draw the same: `[copies * B, ...]` is `[B, ...]` several times over."""
+
+    copies = 1
+
+    @classmethod
+    def of(cls, source: torch.Generator, copies: int) -> InStep:
+        """Begin where another source is, and leave that alone."""
+        generator = cls(source.device)
+        generator.set_state(source.get_state())
+        generator.copies = copies
+        return generator
+
+
+def _in_step(
+    generator: torch.Generator, shape: Sequence[int], draw: Callable[[Sequence[int]], Tensor]
+) -> Tensor:  # [shape]
+    """Draw for the instances that `shape` begins with, once for all copies."""
+    copies = generator.copies if isinstance(generator, InStep) else 1
+    if copies == 1:
+        return draw(shape)
+    return draw((shape[0] // copies, *shape[1:])).repeat(copies, *[1] * (len(shape) - 1))
+
+
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
     """Draw standard normal numbers."""
-    return torch.randn(shape, generator=generator, device=generator.device)
+    device = generator.device
+    return _in_step(generator, shape, lambda part: torch.randn(part, generator=generator, device=device))
 
 
 def normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Draw standard normal numbers with the shape and dtype of `tensor`."""
-    return torch.randn(tensor.shape, generator=generator, device=generator.device, dtype=tensor.dtype)
+    device, dtype = generator.device, tensor.dtype
+    return _in_step(
+        generator, tensor.shape, lambda part: torch.randn(part, generator=generator, device=device, dtype=dtype)
+    )
 
 
 def uniform(generator: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Draw numbers uniform in `[low, high)`."""
-    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+    device = generator.device
+    drawn = _in_step(generator, shape, lambda part: torch.rand(part, generator=generator, device=device))
+    return low + (high - low) * drawn
 
 
 def integers(generator: torch.Generator, *shape: int, below: int) -> Tensor:
     """Draw integers uniform in `[0, below)`."""
-    return torch.randint(below, shape, generator=generator, device=generator.device)
+    device = generator.device
+    return _in_step(generator, shape, lambda part: torch.randint(below, part, generator=generator, device=device))
 
 
 def rotation(generator: torch.Generator, count: int, dim: int) -> Tensor:
