@@ -59,9 +59,9 @@ def make_rule(config: RuleConfig = SMALL) -> HierarchicalRNN:
     return rule
 
 
-def make_pool(rule: HierarchicalRNN, instances: int, places: int = 2) -> TaskPool:
+def make_pool(rule: HierarchicalRNN, instances: int, places: int = 2, family: str = "random-bowl") -> TaskPool:
     pool = TaskPool(places, Lives(STEPS, STEPS, STEPS, 1), rates=(1e-2, 1e-2))
-    pool.refill(TaskStream(get_family("random-bowl", random.Random(4)), instances, 0), rule, 0, "cpu")
+    pool.refill(TaskStream(get_family(family, random.Random(4)), instances, 0), rule, 0, "cpu")
     return pool
 
 
@@ -125,11 +125,9 @@ def test_exploration_agrees_with_backprop_for_all_that_moves_rates(double_precis
     rule, loss = make_rule(config), LogRatio()
     named = dict(rule.named_parameters())
     reached = [*EXPLORED, "tensor_rnn.candidate_weight", "global_rnn.candidate_weight"]
-    family = get_family("matrix-multiplication", random.Random(0))  # of several tensors
 
     def pool() -> TaskPool:
-        made = TaskPool(1, Lives(STEPS, STEPS, STEPS, 1), rates=(1e-2, 1e-2))
-        made.refill(TaskStream(family, 20, 0), rule, 0, "cpu")
+        made = make_pool(rule, 20, places=1, family="matrix-multiplication")  # of several tensors
         for place in made.places:  # evolution has all tensors of a model begin at one rate
             state = place.progress.state
             even = state._replace(log_rate=torch.full_like(state.log_rate, math.log(1e-2)))

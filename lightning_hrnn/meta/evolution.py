@@ -152,8 +152,7 @@ class Evolution:
             place.age = place.life  # this run was its whole life
         total = surrogate(rule, self.moved(rule), estimate, torch.stack([score.mean() for score in scores]).mean())
         if exploration is not None:
-            with torch.enable_grad():  # as `surrogate` does by itself
-                total = total + exploration.surrogate(rule, differences)
+            total = exploration.surrogate(rule, differences, total)
         return Estimate(total, [score[None] for score in scores])
 
     def _difference(self, score: Tensor) -> Tensor:  # [2 B] -> [B]

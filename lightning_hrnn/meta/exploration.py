@@ -113,21 +113,23 @@ class Exploration:
         self.step += 1
         return self.nudges[stretch] / (self.delay + step) / self.reach[stretch]
 
-    def surrogate(self, rule: HierarchicalRNN, differences: Sequence[Tensor]) -> Tensor:
-        """Return a scalar of value 0 whose gradient is the estimate of the meta-gradient.
+    @torch.enable_grad()
+    def surrogate(self, rule: HierarchicalRNN, differences: Sequence[Tensor], value: Tensor) -> Tensor:
+        """Return a scalar of a given value, to whose gradient the estimate of the meta-gradient is added.
 
         Args:
             rule: whose meta-parameters get it.
             differences: of the meta-losses of the pairs of each batch. `[pairs]` each
+            value: of the scalar, with the gradient that it has already.
         """
         parts = zip(differences, self.tensors, strict=True)
-        advantage = torch.cat([_to_tensors(value, tensors) for value, tensors in parts]) / len(differences)  # [T]
-        total = advantage.new_zeros(())
+        advantage = torch.cat([_to_tensors(part, tensors) for part, tensors in parts]) / len(differences)  # [T]
+        linear = advantage.new_zeros(())
         for stretch, steps in self.kept:
             before, after = self._replayed(rule, steps)
             moved = (after.log_rate - before.log_rate) * (self.delay + before.age) * self.reach[stretch]  # in all of it
-            total = total + (advantage * self.log_odds[stretch] * moved).sum()
-        return total - total.detach()
+            linear = linear + (advantage * self.log_odds[stretch] * moved).sum()
+        return value + linear - linear.detach()
 
     def _replayed(self, rule: HierarchicalRNN, steps: Sequence[Seen]) -> tuple[RuleState, RuleState]:
         """Take the steps of the upper levels again, differentiably; return the states before and after the last."""
@@ -164,8 +166,12 @@ def _nudges(
     nudges = sigma * (math.sqrt(SHARED) * of_model + math.sqrt(1 - SHARED) * of_tensor)
     in_common = SHARED * tensors / (1 - SHARED + SHARED * tensors) * nudges.mean(1, keepdim=True)
     log_odds = (nudges - in_common) / ((1 - SHARED) * sigma**2)
-    both = (torch.cat([value, -value], 2).reshape(count, -1) for value in (nudges, log_odds))
-    return next(both), next(both)
+    return _opposed(nudges), _opposed(log_odds)
+
+
+def _opposed(value: Tensor) -> Tensor:  # [count, tensors, pairs] -> [count, tensors of all models]
+    """Give the second half of the models the opposite of the first half's."""
+    return torch.cat([value, -value], 2).flatten(1)
 
 
 def _to_tensors(difference: Tensor, tensors: int) -> Tensor:

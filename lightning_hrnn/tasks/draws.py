@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,41 +31,34 @@ class InStep(torch.Generator):
         return generator
 
 
-def _in_step(
-    generator: torch.Generator, shape: Sequence[int], draw: Callable[[Sequence[int]], Tensor]
+def _drawn(
+    sampler: Callable[..., Tensor], generator: torch.Generator, shape: Sequence[int], **options: Any
 ) -> Tensor:  # [shape]
-    """Draw for the instances that `shape` begins with, once for all copies."""
+    """Draw for the instances that `shape` begins with, once for all copies that are in step."""
     copies = generator.copies if isinstance(generator, InStep) else 1
-    if copies == 1:
-        return draw(shape)
-    return draw((shape[0] // copies, *shape[1:])).repeat(copies, *[1] * (len(shape) - 1))
+    own = (shape[0] // copies, *shape[1:]) if copies > 1 else shape
+    value = sampler(size=own, generator=generator, device=generator.device, **options)
+    return value.repeat(copies, *[1] * (len(shape) - 1)) if copies > 1 else value
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
     """Draw standard normal numbers."""
-    device = generator.device
-    return _in_step(generator, shape, lambda part: torch.randn(part, generator=generator, device=device))
+    return _drawn(torch.randn, generator, shape)
 
 
 def normal_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Draw standard normal numbers with the shape and dtype of `tensor`."""
-    device, dtype = generator.device, tensor.dtype
-    return _in_step(
-        generator, tensor.shape, lambda part: torch.randn(part, generator=generator, device=device, dtype=dtype)
-    )
+    return _drawn(torch.randn, generator, tensor.shape, dtype=tensor.dtype)
 
 
 def uniform(generator: torch.Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Draw numbers uniform in `[low, high)`."""
-    device = generator.device
-    drawn = _in_step(generator, shape, lambda part: torch.rand(part, generator=generator, device=device))
-    return low + (high - low) * drawn
+    return low + (high - low) * _drawn(torch.rand, generator, shape)
 
 
 def integers(generator: torch.Generator, *shape: int, below: int) -> Tensor:
     """Draw integers uniform in `[0, below)`."""
-    device = generator.device
-    return _in_step(generator, shape, lambda part: torch.randint(below, part, generator=generator, device=device))
+    return _drawn(torch.randint, generator, shape, low=0, high=below)
 
 
 def rotation(generator: torch.Generator, count: int, dim: int) -> Tensor:

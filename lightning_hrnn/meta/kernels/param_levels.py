@@ -41,11 +41,11 @@ class OwnParamLevels:
         self.library, self.metas = operators(config.param_hidden, config.timescales), metas.detach().contiguous()
         features = count_features(config.features, config.timescales)
         model_of = layout.model_of[layout.tensor_of]
-        self.grad_order, _ = _together(1, model_of)
-        self.hidden_order, _ = _together(config.param_hidden, model_of)
-        self.above_order, _ = _together(3 * config.param_hidden + 2, layout.model_of)
-        _, self.pooled_back = _together(config.param_hidden + features, layout.model_of)
-        _, self.steps_back = _together(len(config.readouts), model_of)
+        self.grad_order = _together(1, model_of)
+        self.hidden_order = _together(config.param_hidden, model_of)
+        self.above_order = _together(3 * config.param_hidden + 2, layout.model_of)
+        self.pooled_back = _together(config.param_hidden + features, layout.model_of).argsort()
+        self.steps_back = _together(len(config.readouts), model_of).argsort()
         self.params_in = layout.params_in[layout.model_of.argsort(stable=True)]
         self.started = False
 
@@ -79,13 +79,14 @@ class OwnParamLevels:
         return ParamLevel(hidden, average, square, pooled, steps, log_rate=None)
 
 
-def _together(rows: int, model_of: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the order in which values `[rows, N]` come to lie model by model, rows first in each, and the way back.
+def _together(rows: int, model_of: Tensor) -> Tensor:
+    """Return the order in which values `[rows, N]` come to lie model by model, rows first in each.
+
+    Its `argsort` is the way back.
 
     Args:
         rows: of the values.
         model_of: index of the model that each column belongs to. [N]
     """
     order = (model_of.expand(rows, -1) * rows + torch.arange(rows, device=model_of.device)[:, None]).reshape(-1)
-    there = order.argsort(stable=True)
-    return there, there.argsort()
+    return order.argsort(stable=True)
