@@ -29,7 +29,7 @@ from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 from lightning_hrnn.optimizer.schedule import SHARE, cooldown
 from lightning_hrnn.optimizer.state import FALLBACK_LR, note_of
 from lightning_hrnn.options import HRNNOptions, SchedulerPolicy
-from lightning_hrnn.progress import progress
+from lightning_hrnn.progress import planned_steps, progress
 from lightning_hrnn.suitability import StepLengthWatch, check_strategy, warn_of_length
 from lightning_hrnn.telemetry import Detail, Telemetry
 
@@ -133,14 +133,12 @@ class HRNNOptimizerCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Move the parameters to the point where the gradient is to be taken, and see how far the fit has come."""
         self._watch.before_batch(trainer, pl_module)
-        multiplier = self._multiplier(trainer)
+        done = progress(trainer) if self.options.rates_are_its_own and self.options.cooldown > 0 else None
         for optimizer in _hrnns(trainer):
             optimizer.begin_attention()
-            optimizer.cooldown = multiplier
-
-    def _multiplier(self, trainer: Trainer) -> float:
-        done = progress(trainer) if self.options.rates_are_its_own else None
-        return 1.0 if done is None else cooldown(done, 1, self.options.cooldown)
+            if done is not None:
+                optimizer.cooldown = cooldown(done, 1, self.options.cooldown)
+                optimizer.run_length = planned_steps(trainer)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Return to the true weights; by hand there may be more to differentiate, and the step will see to it."""
@@ -179,7 +177,7 @@ class HRNNOptimizerCallback(Callback):
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _end_attention(trainer)
         for optimizer in _hrnns(trainer):
-            optimizer.cooldown = 1.0
+            optimizer.cooldown, optimizer.run_length = 1.0, 0.0
         self._telemetry.clear()
         self._watch.clear()
         unwrap_after_fit(pl_module)

@@ -14,6 +14,7 @@ from lightning_hrnn.callbacks import HRNNOptimizerCallback
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import load_pretrained
 from lightning_hrnn.optimizer.schedule import cooldown
+from lightning_hrnn.progress import planned_steps
 
 
 class Watch(Callback):
@@ -21,10 +22,12 @@ class Watch(Callback):
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.seen: list[float] = []
+        self.lengths: set[float] = set()
         self.stop_after = stop_after
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.seen.append(optimizer.cooldown)
+        self.lengths.add(optimizer.run_length)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if len(self.seen) == self.stop_after:
@@ -35,7 +38,9 @@ def multipliers(tmp_path, module, batches=5, options=None, **arguments):
     watch = Watch()
     trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(**options or {}), watch, **arguments)
     trainer.fit(module, Batches(batches))
-    assert all(optimizer.cooldown == 1.0 for optimizer in trainer.optimizers)
+    assert all((optimizer.cooldown, optimizer.run_length) == (1.0, 0.0) for optimizer in trainer.optimizers)
+    cools = watch.seen[-1] < 1
+    assert watch.lengths == ({planned_steps(trainer)} if cools else {0.0})
     return watch.seen
 
 

@@ -23,6 +23,8 @@ from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.unseen import unseen_nets
 from lightning_hrnn.evaluation.verdict import judge, summarise
 from lightning_hrnn.meta.population import Population, TaskBatch
+from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, load_pretrained
 from lightning_hrnn.tasks.base import TaskFamily
@@ -263,7 +265,7 @@ def test_the_best_rate_of_the_grid_is_kept(recorder):
 
 def test_the_learned_rate_cools_down_over_the_last_half_unless_the_length_is_unknown():
     setting = Setting("nets", steps=20, seeds=2)
-    learned = Learned(load_pretrained())
+    learned = Learned(load_pretrained("hrnn-v1"))
     cooled, anytime = (Trial(setting, "wide-relu-mlp", name).run(learned) for name in (OURS, ANYTIME))
     assert cooled.steps == anytime.steps
     halfway = cooled.steps.index(max(step for step in cooled.steps if step <= 10)) + 1
@@ -274,6 +276,15 @@ def test_the_learned_rate_cools_down_over_the_last_half_unless_the_length_is_unk
         for outcome in (cooled, anytime)
     ]
     assert max(moved[0]) < max(moved[1])  # at the last step the rate is next to nothing
+
+
+def test_a_rule_that_reads_the_length_of_a_run_is_told_it_unless_it_is_unknown():
+    rule = HierarchicalRNN(RuleConfig(drift_inputs=("tensor", "length")))
+    with torch.no_grad():
+        rule.rate.drift[-2] = 5.0  # rates rise where the length is known
+    setting = Setting("nets", steps=20, seeds=1)
+    told, untold = (Trial(setting, "wide-relu-mlp", name).run(Learned(rule)) for name in (OURS, ANYTIME))
+    assert all(rate > 1.5 * other for rate, other in zip(told.rates[-1], untold.rates[-1], strict=True))
 
 
 def test_tuning_in_parts_gives_each_rate_its_due(recorder, monkeypatch):

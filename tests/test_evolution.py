@@ -269,6 +269,22 @@ def test_a_share_of_the_window_is_a_whole_run_that_cools_down() -> None:
     assert all(torch.equal(a, place.progress.theta) for a, place in zip(theta, pool, strict=True))
 
 
+def test_runs_are_told_their_length_where_they_cool_down(monkeypatch) -> None:
+    rule, lengths = make_rule(PLAIN), []
+    pool = make_pool(rule, 2)
+    pool.places = [replace(place, cools=index == 1) for index, place in enumerate(pool)]
+
+    def watched(*arguments):
+        progress = begin(*arguments)
+        lengths.append(progress.state.run_length.tolist())
+        return progress
+
+    monkeypatch.setattr("lightning_hrnn.meta.evolution.begin", watched)
+    Evolution(shares=[0.5])(rule, pool, Window(STEPS, {0}, LogRatio()))
+    tensors = [2 * len(place.tasks.params) * place.tasks.count for place in pool]
+    assert lengths == [[0.0] * tensors[0] + [STEPS / 2] * tensors[1]]
+
+
 def test_it_moves_only_what_makes_rates_in_a_trainer_and_starts_from_narrower_weights(tmp_path) -> None:
     narrow = make_rule(replace(SMALL, drift_inputs=("tensor",), first_inputs=(), slows=False))
     path = save_pretrained(narrow, tmp_path / "narrow.safetensors", {"initial_rate": 1e-3, "meta_steps": 0})

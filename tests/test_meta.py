@@ -327,6 +327,9 @@ class TestPool:
         assert not any(place.cools for place in pool(0))
         assert all(place.cools for place in pool(1))
         assert 10 < sum(place.cools for place in pool(0.5)) < 30
+        mixed = pool(0.5)
+        for place, part in zip(mixed, mixed.population().split(mixed.start(rule)), strict=True):
+            assert set(part.state.run_length.tolist()) == {40.0 if place.cools else 0.0}
         warm, cool = pool(0).places[0], pool(1).places[0]
         for place in (warm, cool):
             place.age = 10

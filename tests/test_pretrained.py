@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,11 @@ def test_another_configuration_finds_its_meta_parameters_by_name() -> None:
     assert (other.rate.slowing.item(), other.reach.item()) == (0.0, 1.0)
     back = reconfigured(other, rule.config)
     assert all(torch.equal(value, rule.state_dict()[key]) for key, value in back.state_dict().items())
+    told = reconfigured(other, replace(turned, drift_inputs=("tensor", "length", "means")))
+    assert not told.rate.slowing_by_length.any()
+    assert not told.rate.drift.split(list(told.drift_widths.values()))[1].any()
+    untold = reconfigured(told, replace(turned, drift_inputs=("tensor", "means")))
+    assert "rate.slowing_by_length" not in untold.state_dict()
     bare = reconfigured(other, RuleConfig())
     assert torch.equal(bare.rate.drift, tensor)
     with pytest.raises(RuntimeError, match="size mismatch"):

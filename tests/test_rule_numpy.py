@@ -40,6 +40,10 @@ RULES = {
         "default",
         {"slows": True, "peak_memory": 3, "drift_inputs": ("tensor", "peak")},
     ),
+    "told the length": (
+        "default",
+        {"slows": True, "peak_memory": 3, "drift_inputs": ("tensor", "length")},
+    ),
     "without scaling": ("default", {"without": ("input_scaling", "output_scaling")}),
     "without levels": ("default", {"without": ("tensor_level", "global_level", "gradient_shortcut")}),
     "without the global level": ("paper", {"without": ("global_level", "gradient_shortcut")}),
@@ -91,7 +95,8 @@ def gradients(steps=STEPS):
 class Equations:
     """Step one model; state is kept as nested lists of scalars and small vectors."""
 
-    def __init__(self, rule, sizes, log_rates):
+    def __init__(self, rule, sizes, log_rates, length):
+        self.told = np.array([1.0, math.log10(length / 1000)] if length else [0.0, 0.0])
         self.w = {name: value.detach().numpy() for name, value in rule.named_parameters()}
         self.config = rule.config
         self.tensors = [
@@ -189,7 +194,10 @@ class Equations:
             tensor["peak"] = max(tensor["peak"] * math.exp(-1 / self.config.peak_memory), size)
             tensor["below"] = math.log(size / tensor["peak"])
             if self.config.slows:
-                power = min(max(w["rate.slowing"][0], 0.0), 1.0)
+                power = w["rate.slowing"][0]
+                if "length" in self.config.drift_inputs:
+                    power += w["rate.slowing_by_length"][:, 0] @ self.told
+                power = min(max(power, 0.0), 1.0)
                 rates = [rate * math.exp(power * tensor["below"]) for rate in rates]
             for r in range(len(self.config.readouts)):
                 size = math.sqrt(sum(d[r] ** 2 for _, d, _ in results) / count + 1e-20)
@@ -212,6 +220,7 @@ class Equations:
                 tensor["t"] = self.gru("tensor_rnn", tensor["x"], tensor["t"], w["global_to_tensor"] @ self.u)
             if config.rate == "bounded":
                 seen = {"tensor": tensor["t"], "means": tensor["x"], "global": self.u, "peak": [tensor["below"]]}
+                seen["length"] = self.told
                 seen = np.clip(np.concatenate([seen[name] for name in config.drift_inputs]), -5.0, 5.0)
                 direction = math.tanh(w["rate.drift"][:, 0] @ seen + w["rate.drift_bias"][0])
                 rise = config.drift_rise if tensor["age"] < config.drift_horizon else 0.0
@@ -252,11 +261,13 @@ def test_rule_equals_its_equations(name):
     rule, rng = make_rule(name), np.random.default_rng(11)
     log_rates, rms = rng.uniform(-9, -2, len(SIZES)), rng.uniform(0, 2, len(SIZES))
     rms[1] = 0.0
+    lengths = [0, 30, 20_000]  # of the runs; the first is unknown
     references = [
-        Equations(rule, sizes, rates)
-        for sizes, rates in zip(MODELS, cut(log_rates, [len(m) for m in MODELS]), strict=True)
+        Equations(rule, sizes, rates, length)
+        for sizes, rates, length in zip(MODELS, cut(log_rates, [len(m) for m in MODELS]), lengths, strict=True)
     ]
-    state = rule.init(layout(), torch.from_numpy(log_rates))
+    of_tensors = layout().to_tensors(torch.tensor(lengths, dtype=torch.float64))
+    state = rule.init(layout(), torch.from_numpy(log_rates), of_tensors)
     for grads in gradients():
         output = rule(torch.from_numpy(grads), torch.from_numpy(rms), state, layout())
         state = output.state
@@ -286,7 +297,7 @@ def test_rule_equals_its_equations(name):
 
 def roll(rule, grads, log_rate=-4.0):
     """Take steps from the start; return the last output."""
-    state = rule.init(layout(), log_rate)
+    state = rule.init(layout(), log_rate, run_length=50.0)
     rms = torch.linspace(0.1, 2, len(SIZES), dtype=torch.float64)
     for grad in grads:
         output = rule(grad, rms, state, layout())

@@ -185,7 +185,8 @@ class Trial:
         setting, rule = self.setting, learned.rule.to(self.setting.device)
         population = Population([setting.draw(self.task, "report", setting.seeds)])
         initial = population.losses(population.initial_params())
-        progress = begin(rule, population, math.log(first_rate(rule)))
+        known_length = 0 if self.optimizer == ANYTIME else setting.steps
+        progress = begin(rule, population, math.log(first_rate(rule)), known_length)
         began, before, losses, rates = time.perf_counter(), 0, [], []
         for step in setting.scored():
             part = unroll(

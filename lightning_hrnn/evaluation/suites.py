@@ -77,7 +77,7 @@ class ValidationRun(NamedTuple):
         """Train the network with the rule, cooling down over the last half, and compare."""
         population = Population([TaskBatch.draw(VALIDATION_NETS[self.name](), INSTANCES, SEED, device)])
         initial = population.losses(population.initial_params())
-        start = begin(rule, population, math.log(initial_rate))
+        start = begin(rule, population, math.log(initial_rate), self.steps)
         schedule = partial(cooldown, steps=self.steps)
         losses = unroll(rule, population, start, self.steps, self.scored(), engine, schedule=schedule).losses
         baseline = _tuned_adam(self.name, self.steps, str(device))

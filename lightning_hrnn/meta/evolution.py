@@ -121,6 +121,7 @@ class Evolution:
         self.check(rule)
         length = max(1, round(window.steps * self.shares[window.meta_step % len(self.shares)]))
         places = [replace(place, tasks=place.tasks.twice(), age=0, life=length) for place in pool]
+        lengths = torch.cat([torch.full((place.tasks.count,), float(place.known_length)) for place in places])  # [M]
         population = Population([place.tasks for place in places])
         spread = self.sigma * self.spreads(rule)  # [D]
         generator = perturbations(spread.device, self.seed, window.index)
@@ -135,7 +136,7 @@ class Evolution:
             losses = unroll(
                 probe,
                 population,
-                begin(probe, population, population.layout.to_tensors(_first_log_rates(pool))),
+                begin(probe, population, *map(population.layout.to_tensors, (_first_log_rates(pool), lengths))),
                 length,
                 {max(0, length - 1 - before) for before in LAST_STEPS},
                 engine,

@@ -103,6 +103,11 @@ class Place:
     life: int
     cools: bool  # whether its learned rates cool down over the last half of its life
 
+    @property
+    def known_length(self) -> int:
+        """Number of steps that its rule is told; 0 if its rates do not cool down."""
+        return self.life if self.cools else 0
+
     def multiplier(self, step: int) -> float:
         """Return the multiplier of its learned rates, `step` steps from now."""
         return cooldown(self.age + step, max(self.life, self.age + step + 1)) if self.cools else 1.0
@@ -127,7 +132,7 @@ def started(progress: Progress, place: Place, rule: HierarchicalRNN) -> Progress
     """Let a task at its first step begin from the initial states of `rule`, which then receive meta-gradients."""
     if place.age > 0:
         return progress
-    state = rule.init(Population([place.tasks]).layout, 0.0)
+    state = rule.init(Population([place.tasks]).layout, 0.0, float(place.known_length))
     if progress.state.log_rate.shape == state.log_rate.shape:
         state = state._replace(log_rate=progress.state.log_rate)
     return progress._replace(state=state)
@@ -166,10 +171,11 @@ class TaskPool:
         population = Population([tasks])
         with torch.no_grad():
             initial_loss = population.losses(population.initial_params())
-            progress = begin(rule, population, self._first_log_rates(population, tasks)).detach()
+            first_log_rates = self._first_log_rates(population, tasks)
         rng = random.Random(seed)
-        life = self.lives.draw(rng, meta_step)
-        return Place(seed, tasks, progress, initial_loss, age=0, life=life, cools=rng.random() < self.cooling)
+        life, cools = self.lives.draw(rng, meta_step), rng.random() < self.cooling
+        progress = begin(rule, population, first_log_rates, float(life * cools)).detach()
+        return Place(seed, tasks, progress, initial_loss, age=0, life=life, cools=cools)
 
     def _first_log_rates(self, population: Population, tasks: TaskBatch) -> Tensor:  # [T]
         device, dtype = tasks.generator.device, tasks.params[0].dtype

@@ -27,17 +27,20 @@ class Unrolled(NamedTuple):
     progress: Progress  # after the last step
 
 
-def begin(rule: HierarchicalRNN, population: Population, log_rate: Tensor | float) -> Progress:
+def begin(
+    rule: HierarchicalRNN, population: Population, log_rate: Tensor | float, run_length: Tensor | float = 0.0
+) -> Progress:
     """Return the progress before the first inner step.
 
     Args:
         rule: whose state it is.
         population: the tasks.
         log_rate: natural log of the first learned rate, one number or `[T]`.
+        run_length: steps of the run, if rates cool down to zero at its end, one number or `[T]`.
     """
     theta = population.initial_params()
     lookahead = torch.zeros_like(theta) if "attention" in rule.config.readouts else None
-    return Progress(theta, theta, rule.init(population.layout, log_rate), lookahead)
+    return Progress(theta, theta, rule.init(population.layout, log_rate, run_length), lookahead)
 
 
 def constant(step: int) -> float:

@@ -14,7 +14,7 @@ READOUTS = ("direction", "attention")
 TENSOR_FEATURES = ("relative_update",)
 PARTS = ("input_scaling", "output_scaling", "gradient_shortcut", "tensor_level", "global_level")
 FIRST_INPUTS = ("size", "tensor_count", "model_count")
-DRIFT_INPUTS = ("tensor", "means", "global", "peak")
+DRIFT_INPUTS = ("tensor", "means", "global", "peak", "length")
 POSITIVE = (
     "drift_rise",
     "drift_fall",
@@ -45,8 +45,9 @@ class RuleConfig:
             by their root mean square), `"output_scaling"` (directions are not divided by theirs), `"gradient_shortcut"`
             (a direction is the hidden state's alone), `"tensor_level"` or `"global_level"` (an RNN that says nothing).
         drift_inputs: `"bounded"` only: what the drift of a rate is read from: the state of the tensor RNN (`"tensor"`),
-            also the means that this RNN sees (`"means"`), the state of the global RNN (`"global"`), and how far the
-            gradient is below its peak (`"peak"`).
+            also the means that this RNN sees (`"means"`), the state of the global RNN (`"global"`), how far the
+            gradient is below its peak (`"peak"`), and how long the run is, where rates cool down at its end
+            (`"length"`).
         drift_rise: `"bounded"` only: a tensor's rate rises at most like this power of the number of steps.
         drift_fall: `"bounded"` only: it falls at most like this power.
         drift_delay: `"bounded"` only: steps before these power laws set in.
@@ -60,7 +61,8 @@ class RuleConfig:
         size_bound: `"bounded"` only: a rate is at most this share of the tensor's size.
         momentary_bound: `"bounded"` only: a parameter's rate departs from its tensor's at most by this log factor.
         slows: `"bounded"` only: whether steps are multiplied by a learned power of the size of a tensor's gradient
-            beside its largest recent one; else every step is as long as its rate.
+            beside its largest recent one; else every step is as long as its rate. That power depends on the length of
+            the run too, if `drift_inputs` names it.
         peak_memory: steps in which that largest one fades to 1/e.
 
     Raises:
@@ -120,6 +122,11 @@ class RuleConfig:
         for field, choices in (("direction", DIRECTIONS), ("rate", RATES)):
             if getattr(self, field) not in choices:
                 raise ValueError(f"Unknown {field} {getattr(self, field)!r}: choose from {list(choices)}.")
+
+    @property
+    def slows_by_length(self) -> bool:
+        """Tell whether the power by which steps slow down depends on the length of the run."""
+        return self.slows and "length" in self.drift_inputs
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> RuleConfig:

@@ -41,6 +41,7 @@ GRAD_RMS_FLOOR = 1e-15
 SIZE_POWER = 0.75  # of a tensor's size, that a first rate starts from in meta-training
 MANY = 1e4  # parameters: more make no difference to a first rate
 LOG_RATE_RANGE = 33.0
+LENGTH_INPUTS = 2  # see `length_inputs`
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
 
@@ -56,6 +57,7 @@ class RuleState(NamedTuple):
     global_hidden: Tensor  # [H2, M]
     age: Tensor  # [T] steps taken
     log_peak: Tensor  # [T] log of the largest recent gradient, see `BoundedRate.peak`
+    run_length: Tensor  # [T] steps of the run at whose end rates will have cooled down to zero; 0 where nobody knows
 
     def detach(self) -> RuleState:
         """Cut the state from the graph that made it."""
@@ -188,8 +190,9 @@ class BoundedRate(nn.Module):
     of what `first_inputs` names: larger parameters bear larger steps, and so do small problems.
 
     Where the rule `slows`, a step is multiplied by `(gradient / peak) ** k`, both root mean squares over the tensor,
-    with a learned `k` from 0 to 1 and the peak the largest recent gradient, which fades. Steps are as long as their
-    rate however small the gradient has become; on smooth losses that is a walk to and fro around the minimum.
+    with a learned `k` from 0 to 1 and the peak the largest recent gradient, which fades. Without, steps are as long as
+    their rate however small the gradient has become; on smooth losses that is a walk to and fro around the minimum.
+    Where `drift_inputs` names `length`, `k` depends on it as well: who will be cooled down need not slow down.
     """
 
     def __init__(self, config: RuleConfig, inputs: int) -> None:
@@ -198,6 +201,7 @@ class BoundedRate(nn.Module):
         self.horizon = config.drift_horizon
         self.floor, self.size_bound = config.size_floor, config.size_bound
         self.first_inputs, self.slows, self.peak_memory = config.first_inputs, config.slows, config.peak_memory
+        self.slows_by_length = config.slows_by_length
         self.bound = config.momentary_bound
         self.momentary = nn.Parameter(torch.zeros(1, config.param_hidden))
         self.momentary_bias = nn.Parameter(torch.zeros(1))
@@ -207,6 +211,8 @@ class BoundedRate(nn.Module):
             self.first = nn.Parameter(torch.tensor([[SIZE_POWER * (name == "size")] for name in config.first_inputs]))
         if config.slows:
             self.slowing = nn.Parameter(torch.zeros(1))
+        if config.slows_by_length:
+            self.slowing_by_length = nn.Parameter(torch.zeros(LENGTH_INPUTS, 1))
 
     def factor(self, hidden: Tensor, log_rate: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the momentary factor of each parameter, `[P]`; none has a log rate of its own."""
@@ -255,14 +261,20 @@ class BoundedRate(nn.Module):
         log_peak = torch.maximum(log_peak - 1 / self.peak_memory, log_rms)
         return log_peak, log_rms - log_peak
 
-    def slowed(self, below: Tensor) -> Tensor:  # [T] -> [T]
-        """Return what steps are multiplied by, where gradients are so far below their peak.
+    def slowed(self, below: Tensor, run_length: Tensor) -> Tensor:
+        """Return what steps are multiplied by. [T]
 
         The clip of the power passes gradients straight through.
+
+        Args:
+            below: how far gradients are below their peak, see `peak`. [T]
+            run_length: of the run, see `RuleState`. [T]
         """
         if not self.slows:
             return torch.ones_like(below)
-        power = self.slowing + (self.slowing.clamp(0.0, 1.0) - self.slowing).detach()
+        by_length = (self.slowing_by_length * length_inputs(run_length)).sum(0) if self.slows_by_length else 0.0
+        power = self.slowing + by_length
+        power = power + (power.clamp(0.0, 1.0) - power).detach()
         return (power * below).exp()
 
     def stand_still(self) -> None:
@@ -339,7 +351,7 @@ class HierarchicalRNN(nn.Module):
         for name in config.readouts[1:]:  # attention starts equal to the update
             self.directions[name].load_state_dict(self.directions["direction"].state_dict())
             self.reach = nn.Parameter(torch.ones(1))
-        widths = {"tensor": h1, "means": tensor_inputs, "global": h2, "peak": 1}
+        widths = {"tensor": h1, "means": tensor_inputs, "global": h2, "peak": 1, "length": LENGTH_INPUTS}
         self.drift_widths = {name: widths[name] for name in config.drift_inputs}  # rows of the drift's readout
         drift_inputs = sum(self.drift_widths.values())
         self.rate = BoundedRate(config, drift_inputs) if config.rate == "bounded" else SmoothedRate(config)
@@ -383,15 +395,19 @@ class HierarchicalRNN(nn.Module):
         asks = self.config.slows or "peak" in self.config.drift_inputs
         return self.rate if isinstance(self.rate, BoundedRate) and asks else None
 
-    def init(self, layout: Layout, log_rate: Tensor | float) -> RuleState:
+    def init(self, layout: Layout, log_rate: Tensor | float, run_length: Tensor | float = 0.0) -> RuleState:
         """Return the state before the first step.
 
         Args:
             layout: of the models.
             log_rate: natural log of the first learned rate; a number, or one for each tensor `[T]`.
+            run_length: steps of the run, if rates cool down to zero at its end; a number, or one for each tensor `[T]`.
         """
         tensors, like = len(layout.params_in), self.param_rnn.initial
-        rates = torch.as_tensor(log_rate, device=like.device, dtype=like.dtype).expand(tensors)
+        rates, lengths = (
+            torch.as_tensor(value, device=like.device, dtype=like.dtype).expand(tensors)
+            for value in (log_rate, run_length)
+        )
         zeros = like.new_zeros(self.config.timescales, len(layout.tensor_of))
         return RuleState(
             hidden=self.param_rnn.initial_state(len(layout.tensor_of)),
@@ -402,6 +418,7 @@ class HierarchicalRNN(nn.Module):
             global_hidden=self.global_rnn.initial_state(len(layout.tensors_in)),
             age=like.new_zeros(tensors),
             log_peak=like.new_full((tensors,), math.log(GRAD_RMS_FLOOR)),
+            run_length=lengths.clone(),
         )
 
     def forward(
@@ -428,7 +445,8 @@ class HierarchicalRNN(nn.Module):
         if (rate_by_peak := self.rate_by_peak) is not None:
             mean_square = layout.mean_per_tensor(grad.detach().square())
             log_peak, below = rate_by_peak.peak(mean_square, state.log_peak)
-            state, rates = state._replace(log_peak=log_peak), rates * layout.to_params(rate_by_peak.slowed(below))
+            state = state._replace(log_peak=log_peak)
+            rates = rates * layout.to_params(rate_by_peak.slowed(below, state.run_length))
         steps = param.steps * rates  # [R, P]
         return RuleOutput(
             update=steps[0],
@@ -513,6 +531,8 @@ class HierarchicalRNN(nn.Module):
         log_rate = state.log_rate if param.log_rate is None else param.log_rate
         if isinstance(self.rate, BoundedRate):
             seen = {"tensor": tensor_hidden, "means": x, "global": layout.to_tensors(state.global_hidden)}
+            if "length" in self.config.drift_inputs:
+                seen["length"] = length_inputs(state.run_length)
             if below is not None:
                 seen["peak"] = below[None]
             inputs = torch.cat([seen[name] for name in self.config.drift_inputs]).clamp(-INPUT_RANGE, INPUT_RANGE)
@@ -526,7 +546,14 @@ class HierarchicalRNN(nn.Module):
             global_hidden=global_hidden,
             age=state.age + 1,
             log_peak=state.log_peak,
+            run_length=state.run_length,
         )
+
+
+def length_inputs(run_length: Tensor) -> Tensor:  # [T] -> [2, T]
+    """Say whether the length of a run is known, and if so its order of magnitude, 0 at a thousand steps."""
+    known = (run_length > 0).to(run_length.dtype)
+    return torch.stack([known, known * (run_length.clamp(min=1.0) / 1000).log10()])
 
 
 ParamLevelEngine = Callable[[HierarchicalRNN, Tensor, RuleState, Tensor, Layout], ParamLevel]

@@ -31,12 +31,12 @@ class Totals:
     Args:
         rule: the update rule, which says how many sums there are.
         work: the tensors, in order.
-        log_peak: before the step, see `BoundedRate.peak`. [T]
+        before: what the upper levels remember.
     """
 
-    def __init__(self, rule: HierarchicalRNN, work: Sequence[TensorWork], log_peak: Tensor) -> None:
+    def __init__(self, rule: HierarchicalRNN, work: Sequence[TensorWork], before: RuleState) -> None:
         like = rule.param_rnn.gate_weight
-        self.rule, self.log_peak = rule, log_peak
+        self.rule, self.before = rule, before
         self.rows = [like.shape[1], len(rule.directions), 1, 1, 1]
         self.values = like.new_zeros(sum(self.rows), len(work))
         if rule.rate_by_peak is not None:
@@ -61,7 +61,7 @@ class Totals:
     def peaks(self) -> tuple[Tensor, Tensor] | None:
         """What `BoundedRate.peak` returns for all tensors, if the rule asks; for when the ranks have added up."""
         rate = self.rule.rate_by_peak
-        return None if rate is None else rate.peak(self.values[-2] / self.count, self.log_peak)
+        return None if rate is None else rate.peak(self.values[-2] / self.count, self.before.log_peak)
 
     def scales(self, part: slice) -> Tensor:
         """Return what directions are multiplied by, before their rate. [R, T of the part]"""
@@ -70,7 +70,7 @@ class Totals:
         if "output_scaling" not in self.rule.config.without:
             scales = (squares / self.count[part] + RMS_FLOOR).rsqrt()
         if (rate := self.rule.rate_by_peak) is not None and (peaks := self.peaks) is not None:
-            scales = scales * rate.slowed(peaks[1][part])
+            scales = scales * rate.slowed(peaks[1][part], self.before.run_length[part])
         if len(scales) > 1:
             scales = torch.stack([scales[0], scales[1] * self.rule.reach])
         return scales
@@ -120,9 +120,9 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> Layout:
     )
 
 
-def upper_state(states: States, rule: HierarchicalRNN, ranks: Ranks) -> RuleState:
+def upper_state(states: States, rule: HierarchicalRNN, ranks: Ranks, run_length: float) -> RuleState:
     """Gather what the tensor and global levels remember; the param level's state stays where it is."""
-    empty = states[0]["age"].new_empty(0)
+    empty, ages = states[0]["age"].new_empty(0), torch.stack([state["age"] for state in states])
     return RuleState(
         hidden=empty,
         average=empty,
@@ -130,8 +130,9 @@ def upper_state(states: States, rule: HierarchicalRNN, ranks: Ranks) -> RuleStat
         log_rate=tensor_log_rates(states, rule, ranks),
         tensor_hidden=torch.stack([state["tensor_hidden"] for state in states], 1),
         global_hidden=states[0]["global_hidden"][:, None],
-        age=torch.stack([state["age"] for state in states]),
+        age=ages,
         log_peak=torch.stack([state.get(LOG_PEAK, state["age"]) for state in states]),
+        run_length=torch.full_like(ages, run_length),
     )
 
 

@@ -66,6 +66,8 @@ class HRNN(Optimizer):
     Attributes:
         cooldown: a second multiplier, of all groups, for who knows how far the run has come; see
             `optimizer.schedule.cooldown`. 1 unless set.
+        run_length: steps of the run, for who knows it and lets `cooldown` fall to 0 at its end; weights may make use
+            of it. 0, unknown, unless set.
 
     Raises:
         ValueError: a parameter is complex, an argument is out of range, or the weights are unknown.
@@ -115,7 +117,7 @@ class HRNN(Optimizer):
         self._true_weights: dict[Tensor, Tensor] = {}  # this rank's shards
         self._skipped = 0
         self._unread: Tensor | None = None  # skipped steps that the device has counted since
-        self.cooldown = 1.0
+        self.cooldown, self.run_length = 1.0, 0.0
         if lr is None:
             lr = 1.0 if rate == "learned" else math.nan  # which check_group refuses
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "initial_rate": initial_rate})
@@ -270,8 +272,8 @@ class HRNN(Optimizer):
         rule = self._rule_on(params[0].device)
         kernel = self._kernel_on(params[0].device.type)
         states, layout = [self.state[param] for param in params], tensor_layout(params)
-        before = upper_state(states, rule, self._ranks)
-        above, totals = from_above(rule, before, layout)._replace(proceed=proceed), Totals(rule, work, before.log_peak)
+        before = upper_state(states, rule, self._ranks, self.run_length)
+        above, totals = from_above(rule, before, layout)._replace(proceed=proceed), Totals(rule, work, before)
         for parts in passes(work, together=self._ranks.several):
             pending = []
             for part in parts:

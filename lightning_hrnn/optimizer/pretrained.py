@@ -190,6 +190,7 @@ def _left_out(key: str, config: RuleConfig) -> bool:
         (attention and "attention" not in config.readouts)
         or (key == "rate.first" and not config.first_inputs)
         or (key == "rate.slowing" and not config.slows)
+        or (key == "rate.slowing_by_length" and not config.slows_by_length)
     )
 
 

@@ -1,5 +1,6 @@
 """Tiny LightningModules over fixed batches, a quiet Trainer, and the same training written out by hand."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ EVERY_PART = RuleConfig(  # of a rule with bounded rates
     readouts=("direction", "attention"),
     slows=True,
     peak_memory=3.0,
-    drift_inputs=("tensor", "peak"),
+    drift_inputs=("tensor", "peak", "length"),
     first_inputs=("size", "model_count"),
 )
 
@@ -164,6 +165,7 @@ def by_hand(
         for index, batch in enumerate(batches):
             if cool:
                 optimizer.cooldown = cooldown(epoch * len(batches) + index, epochs * len(batches))
+                optimizer.run_length = epochs * math.ceil(len(batches) / accumulate)
             with optimizer.attend():
                 (module.loss(batch) / accumulate).backward()
             if (index + 1) % accumulate == 0 or index + 1 == len(batches):
