@@ -55,7 +55,8 @@ class HRNNOptimizerCallback(Callback):
         initial_rate: first learned rate; see `HRNN`.
         cooldown: share of the run, its last part, over which the learned rates go down to zero along half a cosine: the
             noise of the steps settles, and the loss with it. Where `max_steps` or `max_epochs` says when the fit
-            ends; with `schedulers="keep"` the module's schedulers do it instead. 0 for none.
+            ends, and weights that read it are told; with `schedulers="keep"` the module's schedulers do it instead.
+            0 for none.
         rate: `"learned"`, or `"given"`: the learning rates and schedulers of the module mean what they say, and HRNN
             supplies the direction of a step alone: see `HRNN`. `lr` multiplies them, and there is no cooldown.
         telemetry: what goes to the Trainer's loggers as `hrnn/...` every `log_every_n_steps`: `"model"`, one number
@@ -133,12 +134,16 @@ class HRNNOptimizerCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Move the parameters to the point where the gradient is to be taken, and see how far the fit has come."""
         self._watch.before_batch(trainer, pl_module)
-        done = progress(trainer) if self.options.rates_are_its_own and self.options.cooldown > 0 else None
+        multiplier, run_length = self._cooldown(trainer)
         for optimizer in _hrnns(trainer):
             optimizer.begin_attention()
-            if done is not None:
-                optimizer.cooldown = cooldown(done, 1, self.options.cooldown)
-                optimizer.run_length = planned_steps(trainer)
+            optimizer.cooldown, optimizer.run_length = multiplier, run_length
+
+    def _cooldown(self, trainer: Trainer) -> tuple[float, float]:
+        """Return the multiplier of the learned rates, and at the end of how many steps it will be zero, if known."""
+        cools = self.options.rates_are_its_own and self.options.cooldown > 0
+        done = progress(trainer) if cools else None
+        return (1.0, 0.0) if done is None else (cooldown(done, 1, self.options.cooldown), planned_steps(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Return to the true weights; by hand there may be more to differentiate, and the step will see to it."""

@@ -1,4 +1,4 @@
-"""How far a fit has come, for the cooldown of the learned rates."""
+"""How far a fit has come and how long it will be, for the cooldown of the learned rates."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ def progress(trainer: Trainer) -> float | None:
 
 
 def planned_steps(trainer: Trainer) -> float:
-    """Return about how many optimizer steps a fit will take; infinite if nothing bounds it."""
+    """Return about how many steps each optimizer of a fit will take; infinite if nothing bounds it.
+
+    Lightning's `max_steps` counts those of all optimizers. A module that steps by hand may leave batches out.
+    """
     bounds = [math.inf]
     if trainer.max_steps > 0:
-        bounds.append(trainer.max_steps)
+        bounds.append(math.ceil(trainer.max_steps / max(1, len(trainer.optimizers))))
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is not None and epochs > 0 and batches < math.inf:
         bounds.append(math.ceil(batches / trainer.accumulate_grad_batches) * epochs)

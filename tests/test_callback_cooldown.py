@@ -14,7 +14,6 @@ from lightning_hrnn.callbacks import HRNNOptimizerCallback
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import load_pretrained
 from lightning_hrnn.optimizer.schedule import cooldown
-from lightning_hrnn.progress import planned_steps
 
 
 class Watch(Callback):
@@ -39,8 +38,6 @@ def multipliers(tmp_path, module, batches=5, options=None, **arguments):
     trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(**options or {}), watch, **arguments)
     trainer.fit(module, Batches(batches))
     assert all((optimizer.cooldown, optimizer.run_length) == (1.0, 0.0) for optimizer in trainer.optimizers)
-    cools = watch.seen[-1] < 1
-    assert watch.lengths == ({planned_steps(trainer)} if cools else {0.0})
     return watch.seen
 
 
@@ -79,6 +76,65 @@ def test_accumulation_counts_batches(tmp_path):
 def test_two_optimizers_by_hand_cool_down_together(tmp_path):
     seen = multipliers(tmp_path, GAN())
     assert seen == pytest.approx([value for value in CURVE for _ in range(2)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({"max_epochs": 2}, 10),
+        ({"max_epochs": -1, "max_steps": 12}, 12),
+        ({"max_epochs": 2, "max_steps": 7}, 7),
+        ({"max_epochs": 4, "limit_train_batches": 0.5}, 8),
+        ({"max_epochs": 2, "accumulate_grad_batches": 2}, 6),
+    ],
+    ids=["epochs", "steps", "first of both", "limited", "accumulated"],
+)
+def test_weights_are_told_how_many_steps_there_will_be(tmp_path, arguments, steps):
+    watch = Watch()
+    trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(), watch, **arguments)
+    trainer.fit(Regression(), Batches(5))
+    assert watch.lengths == {steps}
+    assert trainer.global_step == steps
+
+
+@pytest.mark.parametrize("arguments", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 20}], ids=str)
+def test_each_of_two_optimizers_is_told_its_own_steps(tmp_path, arguments):
+    watch = Watch()
+    quiet_trainer(tmp_path, HRNNOptimizerCallback(), watch, **arguments).fit(GAN(), Batches(5))
+    assert watch.lengths == {10}
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [({"cooldown": 0}, {}), ({"rate": "given"}, {}), ({}, {"max_epochs": -1, "max_time": {"seconds": 1}})],
+    ids=["no cooldown", "given", "time alone"],
+)
+def test_weights_are_told_nothing_where_rates_do_not_cool_down(tmp_path, options, arguments):
+    watch = Watch()
+    trainer = quiet_trainer(tmp_path, HRNNOptimizerCallback(**options), watch, **{"max_epochs": 1, **arguments})
+    trainer.fit(Regression(), Batches(5))
+    assert watch.lengths == {0.0}
+
+
+def test_a_length_that_is_taken_back_leaves_nothing_behind(tmp_path):
+    class TakeBack(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 3
+            if trainer.current_epoch == 2:  # of four, where the cooldown begins
+                trainer.fit_loop.max_epochs = -1
+
+    watch = Watch()
+    quiet_trainer(tmp_path, HRNNOptimizerCallback(), watch, TakeBack(), max_epochs=4).fit(Regression(), Batches(5))
+    assert watch.lengths == {20.0, 0.0}
+    assert watch.seen == [1.0] * len(watch.seen)
+
+
+@pytest.mark.parametrize("steps", [math.inf, math.nan, -1.0])
+def test_a_length_out_of_range_is_refused(steps):
+    optimizer = HRNN(Regression().parameters())
+    with pytest.raises(ValueError, match="run_length is a number of steps, 0 where nobody knows"):
+        optimizer.run_length = steps
+    assert optimizer.run_length == 0.0
 
 
 def test_no_length_no_cooldown(tmp_path):

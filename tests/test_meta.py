@@ -19,7 +19,7 @@ from lightning_hrnn.evaluation.suites import LOSS_FLOOR, ValidationRun, validati
 from lightning_hrnn.export import WeightsExport
 from lightning_hrnn.meta.estimators import PES, TruncatedBackprop, Window
 from lightning_hrnn.meta.loss import LogRatio
-from lightning_hrnn.meta.population import Population, TaskBatch, join
+from lightning_hrnn.meta.population import Population, Progress, TaskBatch, join
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream, schedule_of
 from lightning_hrnn.meta.unroll import TAIL, Point, Schedule, Unrolled, begin, trailing, unroll
 from lightning_hrnn.module import MetaLearner
@@ -493,6 +493,24 @@ def test_validation_compares_with_tuned_adam_past_the_horizon() -> None:
     expected = ((outcome.losses + floor) / (outcome.baseline + floor)).log().mean()
     assert outcome.regret == pytest.approx(float(expected), rel=0.02)
     assert outcome.baseline[-1].mean() < outcome.baseline[0].mean()
+
+
+def test_progress_stored_before_rules_were_told_the_length_is_restored() -> None:
+    population = Population([TaskBatch.draw(Parabola(), 2, 0)])
+    progress = begin(HierarchicalRNN(), population, LOG_RATE, 50.0)
+    stored = progress.state_dict()
+    assert set(Progress.from_state_dict(stored).state.run_length.tolist()) == {50.0}
+    stored["state"].pop()
+    assert set(Progress.from_state_dict(stored).state.run_length.tolist()) == {0.0}
+
+
+def test_validation_tells_the_length_of_its_runs() -> None:
+    rule = HierarchicalRNN(RuleConfig(drift_inputs=("tensor", "length")))
+    plain = ValidationRun("wide-mlp", 60).run(rule, initial_rate=1e-3)
+    with torch.no_grad():
+        rule.rate.drift[-2] = 5.0  # rates rise where the length is known
+    told = ValidationRun("wide-mlp", 60).run(rule, initial_rate=1e-3)
+    assert told.losses[-1].mean() < 0.9 * plain.losses[-1].mean()
 
 
 class RecordEvaluation(Callback):

@@ -23,6 +23,7 @@ from lightning_hrnn.optimizer.pretrained import load_pretrained
 
 FIRST_RATE = 1e-2
 SHAPES = [(), (1,), (7,), (0,), (3, 0), (5, 4), (2, 3, 2, 3), (4, 1, 1, 6)]
+RUN_LENGTH = 30.0
 MEMORY = ["contiguous", "turned", "strided", "channels last"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RULES = {
@@ -57,7 +58,7 @@ class Reference:
 
     def add(self, size: int) -> None:
         layout = Layout.of([max(size, 1)])
-        self.states.append(self.rule.init(layout, torch.tensor(FIRST_RATE).log())._asdict())
+        self.states.append(self.rule.init(layout, torch.tensor(FIRST_RATE).log(), RUN_LENGTH)._asdict())
 
     @torch.no_grad()
     def step(self, moving: list[int], grads: list[Tensor], params: list[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -133,6 +134,7 @@ class Run:
         self.rule, self.kernel, self.generator = rule, kernel, torch.Generator().manual_seed(seed)
         self.reference = Reference(rule)
         self.optimizer = HRNN([self.made(group)], weights=rule, initial_rate=FIRST_RATE, kernel=kernel)
+        self.optimizer.run_length = RUN_LENGTH
         self.skipped = 0
 
     def made(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -224,6 +226,7 @@ class Run:
             ]
             self.optimizer = HRNN(fresh, weights=self.rule, initial_rate=FIRST_RATE, kernel=self.kernel)
             self.optimizer.load_state_dict(saved)
+            self.optimizer.run_length = RUN_LENGTH  # not part of what is saved
         else:
             copied = copy.deepcopy if action == "deepcopy" else lambda value: pickle.loads(pickle.dumps(value))
             self.optimizer = copied(self.optimizer)

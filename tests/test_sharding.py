@@ -335,6 +335,7 @@ def batch(seed):
 
 
 def train(net, optimizer, steps, rank=0, ranks=1, accumulate=1, clip=None):
+    optimizer.run_length = 30.0
     for step in steps:
         for micro in range(accumulate):
             with optimizer.attend():

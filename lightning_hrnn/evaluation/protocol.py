@@ -83,8 +83,9 @@ class Trial:
     Args:
         setting: what is run.
         task: name of a task of the suite.
-        optimizer: `"hrnn"`, `"hrnn_anytime"` (without cooldown), `"hrnn_given"` (its direction at rates tuned like a
-            baseline's), `"default_adam"` (at 1e-3 throughout), or a name of `BASELINES`.
+        optimizer: `"hrnn"`, `"hrnn_anytime"` (without cooldown, the length of the run unknown), `"hrnn_given"` (its
+            direction at rates tuned like a baseline's), `"default_adam"` (at 1e-3 throughout), or a name of
+            `BASELINES`.
         weights: what tells the learned optimizer's weights from others; empty for a baseline.
     """
 

@@ -121,8 +121,9 @@ class Evolution:
         self.check(rule)
         length = max(1, round(window.steps * self.shares[window.meta_step % len(self.shares)]))
         places = [replace(place, tasks=place.tasks.twice(), age=0, life=length) for place in pool]
-        lengths = torch.cat([torch.full((place.tasks.count,), float(place.known_length)) for place in places])  # [M]
         population = Population([place.tasks for place in places])
+        layout = population.layout
+        lengths = torch.cat([layout.params_in.new_full((place.tasks.count,), place.known_length) for place in places])
         spread = self.sigma * self.spreads(rule)  # [D]
         generator = perturbations(spread.device, self.seed, window.index)
         noises = [_draw(spread, place.tasks.count, generator) for place in pool]
@@ -131,12 +132,12 @@ class Evolution:
         probe, engine = perturbed(rule, population, both[:of_rates]), window.engine
         exploration = Exploration(rule, population, length, self.explore, generator) if self.explore else None
         if self.param_level:
-            engine = OwnParamLevels(rule, population.layout, cpp.packed(rule) + both[of_rates:].T)
+            engine = OwnParamLevels(rule, layout, cpp.packed(rule) + both[of_rates:].T)
         with exploration.watching(probe) if exploration else nullcontext():
             losses = unroll(
                 probe,
                 population,
-                begin(probe, population, *map(population.layout.to_tensors, (_first_log_rates(pool), lengths))),
+                begin(probe, population, *map(layout.to_tensors, (_first_log_rates(pool), lengths))),  # [M] -> [T]
                 length,
                 {max(0, length - 1 - before) for before in LAST_STEPS},
                 engine,

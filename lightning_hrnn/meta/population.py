@@ -104,7 +104,9 @@ class Progress(NamedTuple):
     @classmethod
     def from_state_dict(cls, stored: dict[str, Any]) -> Progress:
         """Undo `state_dict`."""
-        return cls(stored["theta"], stored["average"], RuleState(*stored["state"]), stored["lookahead"])
+        state = dict(zip(RuleState._fields, stored["state"], strict=False))
+        state.setdefault("run_length", torch.zeros_like(state["age"]))  # stored before rules were told
+        return cls(stored["theta"], stored["average"], RuleState(**state), stored["lookahead"])
 
 
 class Population:

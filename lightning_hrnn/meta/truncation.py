@@ -129,7 +129,10 @@ def schedule_of(places: Sequence[Place], population: Population) -> Schedule:
 
 
 def started(progress: Progress, place: Place, rule: HierarchicalRNN) -> Progress:
-    """Let a task at its first step begin from the initial states of `rule`, which then receive meta-gradients."""
+    """Let a task at its first step begin from the initial states of `rule`, which then receive meta-gradients.
+
+    There the rule is told how long the task lives, if it cools down.
+    """
     if place.age > 0:
         return progress
     state = rule.init(Population([place.tasks]).layout, 0.0, float(place.known_length))
@@ -147,7 +150,7 @@ class TaskPool:
         rates: range of first learned rates, log-uniform over the instances of a batch; their tensors differ by up
             to a factor of 2.
         cooling: share of the task batches whose learned rates cool down over the last half of their lives, as they
-            do in a run of known length.
+            do in a run of known length; rules that read the length are told it.
     """
 
     def __init__(self, places: int, lives: Lives, rates: tuple[float, float], cooling: float = 0.0) -> None:
@@ -171,11 +174,10 @@ class TaskPool:
         population = Population([tasks])
         with torch.no_grad():
             initial_loss = population.losses(population.initial_params())
-            first_log_rates = self._first_log_rates(population, tasks)
+            progress = begin(rule, population, self._first_log_rates(population, tasks)).detach()
         rng = random.Random(seed)
-        life, cools = self.lives.draw(rng, meta_step), rng.random() < self.cooling
-        progress = begin(rule, population, first_log_rates, float(life * cools)).detach()
-        return Place(seed, tasks, progress, initial_loss, age=0, life=life, cools=cools)
+        life = self.lives.draw(rng, meta_step)
+        return Place(seed, tasks, progress, initial_loss, age=0, life=life, cools=rng.random() < self.cooling)
 
     def _first_log_rates(self, population: Population, tasks: TaskBatch) -> Tensor:  # [T]
         device, dtype = tasks.generator.device, tasks.params[0].dtype

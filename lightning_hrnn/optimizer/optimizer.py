@@ -66,8 +66,8 @@ class HRNN(Optimizer):
     Attributes:
         cooldown: a second multiplier, of all groups, for who knows how far the run has come; see
             `optimizer.schedule.cooldown`. 1 unless set.
-        run_length: steps of the run, for who knows it and lets `cooldown` fall to 0 at its end; weights may make use
-            of it. 0, unknown, unless set.
+        run_length: steps of the run, for who knows it and lets `cooldown` fall to 0 at its end; weights may read it,
+            as `hrnn-v3` does. 0, unknown, unless set. Like `cooldown` it is no part of the state dict.
 
     Raises:
         ValueError: a parameter is complex, an argument is out of range, or the weights are unknown.
@@ -117,10 +117,21 @@ class HRNN(Optimizer):
         self._true_weights: dict[Tensor, Tensor] = {}  # this rank's shards
         self._skipped = 0
         self._unread: Tensor | None = None  # skipped steps that the device has counted since
-        self.cooldown, self.run_length = 1.0, 0.0
+        self.cooldown, self._run_length = 1.0, 0.0
         if lr is None:
             lr = 1.0 if rate == "learned" else math.nan  # which check_group refuses
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "initial_rate": initial_rate})
+
+    @property
+    def run_length(self) -> float:
+        """Return the steps of the run, 0 where nobody knows."""
+        return self._run_length
+
+    @run_length.setter
+    def run_length(self, steps: float) -> None:
+        if not 0 <= steps < math.inf:
+            raise ValueError(f"run_length is a number of steps, 0 where nobody knows it, and not {steps}.")
+        self._run_length = float(steps)
 
     # ------------------------------------------------------------------ groups and state
 
