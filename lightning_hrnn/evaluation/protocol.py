@@ -186,8 +186,7 @@ class Trial:
         setting, rule = self.setting, learned.rule.to(self.setting.device)
         population = Population([setting.draw(self.task, "report", setting.seeds)])
         initial = population.losses(population.initial_params())
-        known_length = 0 if self.optimizer == ANYTIME else setting.steps
-        progress = begin(rule, population, math.log(first_rate(rule)), known_length)
+        progress = begin(rule, population, math.log(first_rate(rule)), self._known_length)
         began, before, losses, rates = time.perf_counter(), 0, [], []
         for step in setting.scored():
             part = unroll(
@@ -207,9 +206,14 @@ class Trial:
         outcome = self._outcome(None, initial, torch.stack(losses), time.perf_counter() - began)
         return Outcome(**{**vars(outcome), "rates": tuple(rates)})
 
+    @property
+    def _known_length(self) -> int:
+        """Number of steps that the learned optimizer is told; 0 if it does not know how long the run is."""
+        return 0 if self.optimizer == ANYTIME else self.setting.steps
+
     def _multiplier(self, before: int, step: int) -> float:
         """Return the multiplier of the learned rate, `step` steps after the first `before`."""
-        return 1.0 if self.optimizer == ANYTIME else cooldown(before + step, self.setting.steps)
+        return cooldown(before + step, self._known_length) if self._known_length else 1.0
 
     def _outcome(self, lr: float | None, initial: Tensor, losses: Tensor, seconds: float) -> Outcome:
         final = self.setting.final_loss(losses)

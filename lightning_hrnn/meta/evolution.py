@@ -123,7 +123,6 @@ class Evolution:
         places = [replace(place, tasks=place.tasks.twice(), age=0, life=length) for place in pool]
         population = Population([place.tasks for place in places])
         layout = population.layout
-        lengths = torch.cat([layout.params_in.new_full((place.tasks.count,), place.known_length) for place in places])
         spread = self.sigma * self.spreads(rule)  # [D]
         generator = perturbations(spread.device, self.seed, window.index)
         noises = [_draw(spread, place.tasks.count, generator) for place in pool]
@@ -137,7 +136,12 @@ class Evolution:
             losses = unroll(
                 probe,
                 population,
-                begin(probe, population, *map(layout.to_tensors, (_first_log_rates(pool), lengths))),  # [M] -> [T]
+                begin(
+                    probe,
+                    population,
+                    layout.to_tensors(_first_log_rates(pool)),
+                    population.to_tensors([place.known_length for place in places]),
+                ),
                 length,
                 {max(0, length - 1 - before) for before in LAST_STEPS},
                 engine,

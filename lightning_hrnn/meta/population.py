@@ -212,6 +212,15 @@ class Population:
             for (theta, average), state, lookahead in zip(points, states, lookaheads, strict=True)
         ]
 
+    def to_tensors(self, values: Sequence[float]) -> Tensor:
+        """Hand a value of each batch to the tensors of its models. [T]"""
+        return torch.tensor(values).to(self.layout.params_in)[self._batch_of]
+
+    @cached_property
+    def _batch_of(self) -> Tensor:  # [T] index of each tensor's batch
+        of_models = torch.arange(len(self.batches)).repeat_interleave(torch.tensor(self._models))
+        return self.layout.to_tensors(of_models.to(self.layout.model_of.device))
+
     def by_batch(self, values: Tensor) -> list[Tensor]:
         """Divide a value of each task among the batches: `[..., M]` to `[..., B]` each."""
         return list(values.split(self._models, -1))

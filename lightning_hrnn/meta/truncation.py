@@ -115,15 +115,12 @@ class Place:
 
 def schedule_of(places: Sequence[Place], population: Population) -> Schedule:
     """Return the multipliers of the learned rates of places laid end to end."""
-    layout = population.layout
-    counts = torch.tensor([place.tasks.count for place in places])
 
     def schedule(step: int) -> Tensor | float:
         multipliers = [place.multiplier(step) for place in places]
         if all(value == 1.0 for value in multipliers):
             return 1.0
-        of_models = torch.tensor(multipliers).repeat_interleave(counts)
-        return layout.to_params(layout.to_tensors(of_models.to(layout.params_in)))
+        return population.layout.to_params(population.to_tensors(multipliers))
 
     return schedule
 
