@@ -9,11 +9,13 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers.images import write_idx_set
+from matplotlib.image import imread
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hrnn.cli import main
-from lightning_hrnn.evaluation.baselines import BASELINES, train, warm_up_cosine
+from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT, train, warm_up_cosine
 from lightning_hrnn.evaluation.evaluation_report import EvaluationReport
+from lightning_hrnn.evaluation.figures import plot_win_rates
 from lightning_hrnn.evaluation.given import train_given
 from lightning_hrnn.evaluation.nets import VALIDATION_NETS
 from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Learned, Outcome, Trial
@@ -104,6 +106,17 @@ def test_given_rates_are_those_of_the_optimizer():
         make = partial(HRNN, weights=rule, lr=rate, rate="given")
         losses = trained(batch, index, make, warm_up_cosine, steps)
         torch.testing.assert_close(found[:, index], losses, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_constant_rate_is_tuned_and_kept(name):
+    setting = Setting("corpus", steps=30, seeds=2, tuning_seeds=2)
+    outcome = Trial(setting, "bowl/1", name).run()
+    assert outcome.lr == RATES[min(range(15), key=outcome.tuning.__getitem__)]
+    batch, make = setting.draw("bowl/1", "report", 2), TORCH[name.removesuffix("_constant")]
+    for index in range(2):
+        losses = trained(batch, index, lambda params: make(params, outcome.lr), lambda step, steps: 1.0, 30)
+        assert outcome.curve[-1][index] == pytest.approx(losses[-1].item(), rel=1e-3)
 
 
 def test_given_rates_are_tuned_like_a_baselines(recorder):
@@ -337,12 +350,14 @@ def outcome(final, seeds=5, start=4.0, lr=None):
     return Outcome(lr, [start] * seeds, [final] * seeds, steps, curve, seconds=1.0)
 
 
-def record(ours, adam=1.0, task="net", given=None):
+def record(ours, adam=1.0, task="net", given=None, constant=None):
     others = {"sgd": 3.0, "rmsprop": 2.0, "adam": adam, "adamw": 1.5}
     outcomes = {name: outcome(final, lr=RATES[3]) for name, final in others.items()}
     learned = {OURS: outcome(ours), ANYTIME: outcome(1.4 * ours)}
     if given is not None:
         learned[GIVEN] = outcome(given, lr=RATES[4])
+    if constant is not None:
+        outcomes |= {f"{name}_constant": outcome(constant * final, lr=RATES[5]) for name, final in others.items()}
     return judge(Setting("nets", 100), task, {**learned, DEFAULT_ADAM: outcome(2.5, lr=1e-3), **outcomes})
 
 
@@ -353,6 +368,32 @@ def test_given_rates_have_a_record_of_their_own():
     report = EvaluationReport.of([found], title="t", command="c", settings={}, figures={})
     assert "its direction ends lower than AdamW on 100% and than Adam on 0%" in report.summary
     assert "its direction" not in EvaluationReport.of([record(1.8)], title="t", command="c", settings={}).summary
+
+
+def test_without_cooldown_ours_is_compared_with_constant_rates(tmp_path):
+    found = record(1.8, constant=2.0)["constant"]  # without cooldown 2.52, against 2 (Adam), 3, 4, 6
+    assert found["baselines"]["adam_constant"]["mean"] == pytest.approx(2.0)
+    assert [name for name, won in found["beats"].items() if won] == [
+        "sgd_constant",
+        "rmsprop_constant",
+        "adamw_constant",
+    ]
+    assert not found["within_5_percent_of_adam"]
+    records = [record(1.8, constant=2.0), record(1.2, constant=2.0), record(1.45, constant=2.0), record(1.8)]
+    report = EvaluationReport.of(records, title="t", command="c", settings={}, figures={})
+    rates = {"sgd": 1.0, "rmsprop": 1.0, "adam": 1 / 3, "adamw": 1.0, "best": 1 / 3}
+    assert report.verdict["constant"] == {
+        **{f"win_rate_{name}": pytest.approx(rate) for name, rate in rates.items()},
+        "within_5_percent_of_adam": pytest.approx(2 / 3),
+    }
+    assert "tuned at constant rates, it then ends lower than Adam on 33%" in report.summary
+    (section,) = [part for part in report.markdown().split("## ") if part.startswith("Without cooldown, against")]
+    assert section.count("| net |") == 3
+    plot_win_rates(report.verdict, tmp_path / "both.png")
+    alone = EvaluationReport.of(records[3:], title="t", command="c", settings={}, figures={})
+    assert "constant rates" not in alone.summary + alone.markdown()
+    plot_win_rates(alone.verdict, tmp_path / "one.png")
+    assert imread(tmp_path / "both.png").shape[1] == 2 * imread(tmp_path / "one.png").shape[1]
 
 
 def test_a_record_says_who_was_beaten():
@@ -375,6 +416,7 @@ def test_a_record_says_who_was_beaten():
 def test_records_add_up():
     summary = summarise([record(0.5), record(1.2), record(1.8), record(math.inf)])
     assert (summary["tasks"], summary["runs"], summary["diverged"]) == (4, 20, 5)
+    assert set(summary["constant"].values()) == {None}
     assert summary["given"] == dict.fromkeys([f"win_rate_{name}" for name in BASELINES])
     rates = [summary[f"win_rate_{name}"] for name in ("adam", "adamw", "rmsprop", "sgd", "best", "default_adam")]
     assert rates == [0.25, 0.5, 0.75, 0.75, 0.25, 0.75]
@@ -434,7 +476,7 @@ def test_only_what_an_outcome_depends_on_makes_it_stale(tmp_path):
 def out(tmp_path_factory):
     """The folder of a very short evaluation."""
     folder = tmp_path_factory.mktemp("evaluate")
-    budget = ["--steps", "6", "--seeds", "5", "--tuning-seeds", "1", "--processes", "1"]
+    budget = ["--steps", "6", "--seeds", "5", "--tuning-seeds", "1", "--processes", "1", "--constant"]
     tasks = ["--suite", "nets", "--tasks", "wide-relu-mlp", "digits-wide-tanh-mlp", "validation/wide-mlp"]
     assert main(["evaluate", *tasks, *budget, "--out", str(folder)]) == 0
     return folder
@@ -451,6 +493,11 @@ def test_the_report_is_as_promised(out):
             assert baseline["lr"] in RATES
             levels = [sum(map(math.log, one["final"])) for one in (found["hrnn"], baseline)]
             assert found["beats"][name] == (levels[0] < levels[1])
+        levels = [
+            sum(map(math.log, one["final"]))
+            for one in (found["hrnn_anytime"], *found["constant"]["baselines"].values())
+        ]
+        assert list(found["constant"]["beats"].values()) == [levels[0] < level for level in levels[1:]]
     reported = [found for found in report["results"] if not found["used_for_selection"]]
     assert [found["task"] for found in reported] == ["wide-relu-mlp", "digits-wide-tanh-mlp"]
     summary = report["summary"]

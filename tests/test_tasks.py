@@ -50,7 +50,7 @@ def test_factory_is_reproducible_named_and_picklable(name):
 def test_every_configuration_stays_small(name):
     for seed in range(40):
         params, _ = get_family(name, random.Random(seed)).init(1, torch.Generator().manual_seed(seed))
-        assert 2 <= sum(p.numel() for p in params) <= (12_000 if name == "wide-mlp" else 6_000)
+        assert 2 <= sum(p.numel() for p in params) <= (12_000 if name in ("wide-mlp", "few-epochs") else 6_000)
 
 
 def test_wide_families_draw_different_configurations():
@@ -63,7 +63,8 @@ def test_the_released_sets_are_all_there():
     assert CORPORA["released"].weights.keys() == RELEASED.keys()
     assert RELEASED.keys() - CORPORA["paper"].weights.keys() == set(NEURAL_NETS)
     assert RELEASED.keys() - CORPORA["extended"].weights.keys() == {LARGE}
-    assert FAMILIES.keys() - CORPORA["wide"].weights.keys() == {LARGE}
+    assert FAMILIES.keys() - CORPORA["wide"].weights.keys() == {LARGE, "few-epochs"}
+    assert CORPORA["balanced"].weights.keys() - CORPORA["wide"].weights.keys() == {"few-epochs"}
     assert CORPORA["wide"].weights.keys() - CORPORA["extended"].weights.keys() == {"attention", "batch-norm-mlp"}
     assert len(CORPORA["quick"].weights) == 6
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.parser import PROGRAM, CommandParser
-from lightning_hrnn.evaluation.baselines import BASELINES
+from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT
 from lightning_hrnn.evaluation.evaluation_report import LOSS_COLUMNS, EvaluationReport, losses_row
 from lightning_hrnn.evaluation.figures import plot_curves, plot_rates, plot_win_rates
 from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Outcome, Trial, first_rate
@@ -108,6 +108,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--processes", type=PositiveInt | None, default=None, help="Each on one thread; as many as cores if null.")
     given_help = "Also the rule's direction at given rates, tuned and scheduled like the baselines; it costs like two."
     add("--given", action="store_true", help=given_help)
+    constant_help = "Also the baselines tuned at constant rates, against HRNN without cooldown; it costs twice as much."
+    add("--constant", action="store_true", help=constant_help)
     add("--device", type=Literal["cpu", "cuda"], default="cpu", help="Where to run.")
     add("--quick", action="store_true", help="Two tasks, 50 steps, two seeds, one to tune: shows that all works.")
     options = parser.parse_args(list(arguments))
@@ -122,7 +124,8 @@ def compare(
     setting: Setting, tasks: Sequence[str], weights: str, options: Namespace, console: Console
 ) -> dict[str, dict[str, Outcome]]:
     """Return outcomes by task and optimizer, run behind a progress bar."""
-    baselines = [Trial(setting, task, name) for task in tasks for name in (DEFAULT_ADAM, *BASELINES)]
+    others = (DEFAULT_ADAM, *BASELINES, *(CONSTANT if options.constant else ()))
+    baselines = [Trial(setting, task, name) for task in tasks for name in others]
     ours = (OURS, ANYTIME, GIVEN) if options.given else (OURS, ANYTIME)
     learned = [Trial(setting, task, name, weights) for task in tasks for name in ours]
     trials = [*learned, *baselines]

@@ -120,6 +120,12 @@ BASELINES: dict[str, Baseline] = {
     "adamw": Baseline("AdamW, decay 0.01", Adam(decay=0.01)),
 }
 
+CONSTANT: dict[str, Baseline] = {
+    f"{name}_constant": Baseline(f"{baseline.title}, constant rate", baseline.rule, constant)
+    for name, baseline in BASELINES.items()
+}
+"""The same without a schedule, for those who do not know how long a run will be."""
+
 
 @torch.no_grad()
 def train(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_hrnn.evaluation.baselines import BASELINES
+from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT
 from lightning_hrnn.evaluation.protocol import GIVEN
 from lightning_hrnn.evaluation.report import Column, Report
 from lightning_hrnn.evaluation.verdict import Record, summarise
@@ -33,11 +33,16 @@ COST_COLUMNS = (
     Column("adam_seconds", "Adam, s", ".1f"),
     Column("tuning_seconds", "tuning of all, s", ".1f"),
 )
+CONSTANT_COLUMNS = (
+    Column("task", "task"),
+    Column("anytime", "HRNN, no cooldown", ".3g"),
+    *(Column(name, BASELINES[name.removesuffix("_constant")].title.partition(",")[0], ".3g") for name in CONSTANT),
+    Column("beaten", "baselines beaten"),
+)
 
 
 def losses_row(record: Mapping[str, Any]) -> Record:
     """Return a record's losses, geometric means over seeds, as a row of a table."""
-    beaten = [name for name, won in record["beats"].items() if won]
     return {
         "task": record["task"],
         "hrnn": record["hrnn"]["mean"],
@@ -45,9 +50,20 @@ def losses_row(record: Mapping[str, Any]) -> Record:
         "given": record[GIVEN]["mean"] if GIVEN in record else None,
         **{name: base["mean"] for name, base in record["baselines"].items()},
         "default_adam": record["default_adam"]["mean"],
-        "beaten": "all" if len(beaten) == len(BASELINES) else ", ".join(beaten) or "none",
+        "beaten": _beaten(record["beats"]),
         "speedup": record["speedup_vs_adam"],
         "diverged": record["hrnn"]["diverged"] + record["hrnn_anytime"]["diverged"],
+    }
+
+
+def constant_row(record: Mapping[str, Any]) -> Record:
+    """Return a record's losses where nobody knows how long the run is, as a row of a table."""
+    constant = record["constant"]
+    return {
+        "task": record["task"],
+        "anytime": record["hrnn_anytime"]["mean"],
+        **{name: base["mean"] for name, base in constant["baselines"].items()},
+        "beaten": _beaten(constant["beats"]),
     }
 
 
@@ -112,6 +128,10 @@ class EvaluationReport(Report):
         parts = [head.rstrip(), ""]
         if judged:
             parts += [_section("Nets by which checkpoints were picked: no evidence", LOSS_COLUMNS, judged, losses_row)]
+        constant = [record for record in reported if "constant" in record]
+        if constant:
+            title = "Without cooldown, against baselines tuned at constant rates: nobody knows the length of the run"
+            parts += [_section(title, CONSTANT_COLUMNS, constant, constant_row)]
         parts += [_section("Tuned rates and time on the wall", COST_COLUMNS, self.rows, cost_row)]
         return "\n".join([*parts, mark + tail])
 
@@ -130,7 +150,22 @@ def sentence(verdict: Record) -> str:
         f"{verdict['speedup_iqm']:.2f} (95 % interval {low:.2f} to {high:.2f}). "
         f"{verdict['diverged']} of {verdict['runs']} runs diverged. Without cooldown, not knowing the length of the "
         f"run, it ends lower than tuned Adam on {verdict['anytime']['win_rate_adam']:.0%}, and "
-        f"{verdict['anytime']['diverged']} runs diverged.{_given(verdict['given'])}"
+        f"{verdict['anytime']['diverged']} runs diverged.{_constant(verdict['constant'])}{_given(verdict['given'])}"
+    )
+
+
+def _beaten(beats: Mapping[str, bool]) -> str:
+    beaten = [name.removesuffix("_constant") for name, won in beats.items() if won]
+    return "all" if len(beaten) == len(beats) else ", ".join(beaten) or "none"
+
+
+def _constant(verdict: Record) -> str:
+    if verdict["win_rate_adam"] is None:
+        return ""
+    return (
+        " Against baselines that do not know the length either, tuned at constant rates, it then ends lower than Adam "
+        f"on {verdict['win_rate_adam']:.0%}, than RMSProp on {verdict['win_rate_rmsprop']:.0%}, than all on "
+        f"{verdict['win_rate_best']:.0%}; within 5 % of Adam or lower on {verdict['within_5_percent_of_adam']:.0%}."
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_hrnn.evaluation.baselines import BASELINES
 from lightning_hrnn.evaluation.plots import GREY, OTHERS, OURS
@@ -47,27 +47,31 @@ def plot_curves(outcomes: Outcomes, path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_win_rates(summary: Mapping[str, float | int | None], path: Path) -> None:
-    """Draw the share of tasks on which the learned optimizer ends lower than each other one."""
+def plot_win_rates(summary: Mapping[str, Any], path: Path) -> None:
+    """Draw the share of tasks on which the learned optimizer ends lower than each other one.
+
+    Where baselines ran at constant rates too, a second panel shows the same of runs whose length nobody knows.
+    """
     from matplotlib.figure import Figure
 
+    panels = [(f"HRNN, untuned, ends lower than (of {summary['tasks']} tasks)", summary)]
+    if summary["constant"]["win_rate_best"] is not None:
+        panels.append(("HRNN without cooldown; baselines at constant rates", summary["constant"]))
     styles = {
         **{name: (base.title, colour) for (name, base), colour in zip(BASELINES.items(), OTHERS, strict=False)},
         "best": ("all of them", OURS),
         "default_adam": ("Adam 1e-3", GREY),
     }
-    rates = {style: summary[f"win_rate_{name}"] for name, style in styles.items()}
-    shares = {style: 100 * float(rate) for style, rate in rates.items() if rate is not None}  # where both were run
-    figure = Figure(figsize=(7, 3.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh([title for title, _ in shares], list(shares.values()), color=[colour for _, colour in shares])
-    axes.bar_label(bars, fmt="%.0f %%", padding=3)
-    axes.axvline(50, color=GREY, lw=0.8, ls="--")
-    axes.set(
-        xlim=(0, 110), xlabel="tasks won [%]", title=f"HRNN, untuned, ends lower than (of {summary['tasks']} tasks)"
-    )
-    axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(7 * len(panels), 3.2), dpi=150, layout="constrained")
+    for axes, (title, rates) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        known = {style: rates.get(f"win_rate_{name}") for name, style in styles.items()}
+        shares = {style: 100 * float(rate) for style, rate in known.items() if rate is not None}  # where both were run
+        bars = axes.barh([title for title, _ in shares], list(shares.values()), color=[colour for _, colour in shares])
+        axes.bar_label(bars, fmt="%.0f %%", padding=3)
+        axes.axvline(50, color=GREY, lw=0.8, ls="--")
+        axes.set(xlim=(0, 110), xlabel="tasks won [%]", title=title)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_hrnn.evaluation.baselines import BASELINES, constant, train
+from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT, constant, train
 from lightning_hrnn.evaluation.given import train_given
 from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.statistics import mean_log
@@ -85,7 +85,7 @@ class Trial:
         task: name of a task of the suite.
         optimizer: `"hrnn"`, `"hrnn_anytime"` (without cooldown, the length of the run unknown), `"hrnn_given"` (its
             direction at rates tuned like a baseline's), `"default_adam"` (at 1e-3 throughout), or a name of
-            `BASELINES`.
+            `BASELINES` or `CONSTANT`.
         weights: what tells the learned optimizer's weights from others; empty for a baseline.
     """
 
@@ -138,7 +138,7 @@ class Trial:
         if self.optimizer == GIVEN and learned is not None:
             rule = learned.rule.to(self.setting.device).without_rate()
             return partial(train_given, rule, engine=learned.engine)
-        baseline = BASELINES[self.optimizer]
+        baseline = (BASELINES | CONSTANT)[self.optimizer]
         return partial(train, baseline.rule, schedule=baseline.schedule)
 
     def _tune(self, runner: Callable[..., Tensor], tick: Tick) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hrnn.evaluation.baselines import BASELINES
+from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT
 from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Outcome
 from lightning_hrnn.evaluation.setting import SELECTION, Setting
 from lightning_hrnn.evaluation.statistics import LOSS_FLOOR, diverged, interquartile_mean, interval, mean_log, speedup
@@ -28,7 +28,8 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
     Args:
         setting: what was run.
         task: its name.
-        outcomes: of `"hrnn"`, `"hrnn_anytime"`, `"default_adam"` and every baseline; `"hrnn_given"` may be there.
+        outcomes: of `"hrnn"`, `"hrnn_anytime"`, `"default_adam"` and every baseline; `"hrnn_given"` may be there, and
+            so may every baseline at a constant rate, with which `"hrnn_anytime"` is compared.
     """
     ours, anytime, adam = outcomes[OURS], outcomes[ANYTIME], outcomes["adam"]
     level = {name: _level(outcome) for name, outcome in outcomes.items()}
@@ -43,6 +44,15 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
     if GIVEN in outcomes:
         beats_given = {name: level[GIVEN] < level[name] for name in BASELINES}
         given = {GIVEN: {**_baseline(outcomes[GIVEN], level[GIVEN]), "beats": beats_given}}
+    unscheduled: Record = {}
+    if CONSTANT.keys() <= outcomes.keys():
+        unscheduled = {
+            "constant": {
+                "baselines": {name: _baseline(outcomes[name], level[name]) for name in CONSTANT},
+                "beats": {name: level[ANYTIME] < level[name] for name in CONSTANT},
+                "within_5_percent_of_adam": _is_within(level[ANYTIME], level["adam_constant"]),
+            }
+        }
     return {
         "suite": setting.suite,
         "task": task,
@@ -55,6 +65,7 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
             "beats": {name: level[ANYTIME] < level[name] for name in BASELINES},
         },
         **given,
+        **unscheduled,
         "baselines": {name: _baseline(outcomes[name], level[name]) for name in BASELINES},
         "default_adam": _baseline(default, level[DEFAULT_ADAM]),
         "speedup_vs_adam": math.exp(sum(map(math.log, speedups)) / len(speedups)),
@@ -62,7 +73,7 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
         "loss_ratio_to_adam": _ratio(level[OURS], level["adam"]),
         "beats": {name: level[OURS] < level[name] for name in BASELINES},
         "beats_default_adam": level[OURS] < level[DEFAULT_ADAM],
-        "within_5_percent_of_adam": level[OURS] <= level["adam"] + math.log(CLOSE) and math.isfinite(level[OURS]),
+        "within_5_percent_of_adam": _is_within(level[OURS], level["adam"]),
         "beaten_pairs": {name: _pairs(ours, outcomes[name]) for name in BASELINES},
     }
 
@@ -75,10 +86,12 @@ def summarise(records: Sequence[Record]) -> Record:
         `win_rate_pairs_adam` (share of task and seed pairs), `within_5_percent_of_adam`, `speedup_iqm` with its 95 %
         bootstrap interval `speedup_iqm_interval`, `diverged` of `runs`, `tasks`, `seconds` on the wall of the learned
         optimizer and of the baselines, tuning apart; `anytime`, win rates and diverged runs without cooldown; `given`,
-        win rates of the rule's direction at tuned rates, None where it was not run.
+        win rates of the rule's direction at tuned rates, None where it was not run; `constant`, win rates without
+        cooldown over baselines at constant rates, None where they were not run.
     """
     speeds = torch.tensor([record["speedups_vs_adam"] for record in records], dtype=torch.float64).log()
     given = [record[GIVEN] for record in records if GIVEN in record]
+    constant = [record["constant"] for record in records if "constant" in record]
     everyone = {f"win_rate_{name}": _share([record["beats"][name] for record in records]) for name in BASELINES}
     return {
         "tasks": len(records),
@@ -96,6 +109,13 @@ def summarise(records: Sequence[Record]) -> Record:
             "diverged": sum(record["hrnn_anytime"]["diverged"] for record in records),
         },
         "given": {f"win_rate_{name}": _share([one["beats"][name] for one in given]) for name in BASELINES},
+        "constant": {
+            **{
+                f"win_rate_{name}": _share([one["beats"][f"{name}_constant"] for one in constant]) for name in BASELINES
+            },
+            "win_rate_best": _share([all(one["beats"].values()) for one in constant]),
+            "within_5_percent_of_adam": _share([one["within_5_percent_of_adam"] for one in constant]),
+        },
         "speedup_iqm": float(interquartile_mean(speeds.flatten()).exp()) if records else None,
         "speedup_iqm_interval": [math.exp(edge) for edge in interval(speeds)] if records else None,
         "diverged": sum(record["hrnn"]["diverged"] for record in records),
@@ -136,6 +156,11 @@ def _baseline(outcome: Outcome, level: float) -> Record:
 
 def _level(outcome: Outcome) -> float:
     return float(mean_log(_double(outcome.final), _double(outcome.initial)))
+
+
+def _is_within(level: float, other: float) -> bool:
+    """Tell whether a finite level is lower than another, or at most 5 % above."""
+    return math.isfinite(level) and level <= other + math.log(CLOSE)
 
 
 def _floors(outcome: Outcome) -> list[float]:

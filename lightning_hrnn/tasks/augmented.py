@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 from lightning_hrnn.tasks.base import TaskFamily
 from lightning_hrnn.tasks.datasets import (
@@ -188,6 +189,20 @@ def batch_norm_mlp(rng: random.Random) -> TaskFamily:
     """Classifiers with batch norm before each of 1-4 activations, on minibatches of 16-128 examples."""
     network = BatchNormPerceptron(random_widths(rng, (1, 4), (6, 32)), random_activation(rng), random_start(rng))
     return NetworkTask(random_classification(rng, 5, 32), network, log_integer(rng, 16, 128))
+
+
+@register("few-epochs")
+def few_epochs(rng: random.Random) -> TaskFamily:
+    """MLPs of 5 kinds on 4000-16000 examples, so many that a run sees each a few times, on minibatches of 8-64.
+
+    The other families have so few examples that a run of a thousand steps learns them by heart; here the noise of
+    minibatches sets how low the loss gets, as it does on large sets of real data.
+    """
+    family = rng.choice([mlp, deep_mlp, wide_mlp, norm_mlp, residual_mlp])(rng)
+    assert isinstance(family, NetworkTask)
+    assert isinstance(family.dataset, Clusters | Teacher)
+    inputs = replace(family.dataset.inputs, points=log_integer(rng, 4000, 16000))
+    return replace(family, dataset=replace(family.dataset, inputs=inputs), batch_size=log_integer(rng, 8, 64))
 
 
 @register("attention")

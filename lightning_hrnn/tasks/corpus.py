@@ -123,6 +123,10 @@ CORPORA: dict[str, Corpus] = {
         Corpus("extended", "3", EXTENDED),
         Corpus("wide", "2", WIDE),
         Corpus("full", "2", WIDE | _equal(SMALL_RELEASED, 0.5)),
-        Corpus("balanced", "1", {name: 0.35 * weight for name, weight in WIDE.items()} | _equal(SMALL_RELEASED)),
+        Corpus(
+            "balanced",
+            "2",
+            {name: 0.35 * weight for name, weight in WIDE.items()} | _equal(SMALL_RELEASED) | {"few-epochs": 5.0},
+        ),
     )
 }
