@@ -229,6 +229,23 @@ def test_state_stays_finite_at_any_scale_of_gradient(rule: HierarchicalRNN, scal
     assert flat(params).isfinite().all()
 
 
+def test_steps_of_a_run_of_known_length_shrink_where_the_rule_anneals() -> None:
+    rule = HierarchicalRNN(RuleConfig(anneals=True))
+    with torch.no_grad():
+        rule.rate.annealing[0] = 1.0  # whatever the number of parameters
+    sizes: dict[float, list[float]] = {}
+    for length in (0.0, 4.0):
+        params = make_params()
+        optimizer = HRNN(params, weights=rule)
+        optimizer.run_length = length
+        for step in range(6):
+            before = flat(params)
+            run(optimizer, params, range(step, step + 1))
+            sizes.setdefault(length, []).append(float((flat(params) - before).norm()))
+    shares = [told / untold for told, untold in zip(sizes[4.0], sizes[0.0], strict=True)]
+    assert shares == pytest.approx([1.0, 0.75, 0.5, 0.25, 1.0, 1.0], rel=1e-3)  # then the run is another
+
+
 def test_a_parameter_that_never_has_a_gradient_never_moves() -> None:
     params = make_params()
     optimizer = HRNN(params, weights=make_rule())

@@ -44,6 +44,7 @@ RULES = {
         "default",
         {"slows": True, "peak_memory": 3, "drift_inputs": ("tensor", "length")},
     ),
+    "annealing": ("default", {"anneals": True}),
     "without scaling": ("default", {"without": ("input_scaling", "output_scaling")}),
     "without levels": ("default", {"without": ("tensor_level", "global_level", "gradient_shortcut")}),
     "without the global level": ("paper", {"without": ("global_level", "gradient_shortcut")}),
@@ -96,6 +97,7 @@ class Equations:
     """Step one model; state is kept as nested lists of scalars and small vectors."""
 
     def __init__(self, rule, sizes, log_rates, length):
+        self.length = length
         self.told = np.array([1.0, math.log10(length / 1000)] if length else [0.0, 0.0])
         self.w = {name: value.detach().numpy() for name, value in rule.named_parameters()}
         self.config = rule.config
@@ -199,6 +201,11 @@ class Equations:
                     power += w["rate.slowing_by_length"][:, 0] @ self.told
                 power = min(max(power, 0.0), 1.0)
                 rates = [rate * math.exp(power * tensor["below"]) for rate in rates]
+            if self.config.anneals and self.length:
+                of_model = sum(len(other["params"]) for other in self.tensors)
+                power = w["rate.annealing"][:, 0] @ [1.0, math.log(1e4 / count), math.log(1e4 / of_model)]
+                left = 1 - tensor["age"] / self.length if tensor["age"] < self.length else 1.0
+                rates = [rate * left ** min(max(power, 0.0), 2.0) for rate in rates]
             for r in range(len(self.config.readouts)):
                 size = math.sqrt(sum(d[r] ** 2 for _, d, _ in results) / count + 1e-20)
                 size = 1.0 if "output_scaling" in self.config.without else size
@@ -261,7 +268,7 @@ def test_rule_equals_its_equations(name):
     rule, rng = make_rule(name), np.random.default_rng(11)
     log_rates, rms = rng.uniform(-9, -2, len(SIZES)), rng.uniform(0, 2, len(SIZES))
     rms[1] = 0.0
-    lengths = [0, 30, 20_000]  # of the runs; the first is unknown
+    lengths = [0, 4, 20_000]  # of the runs; the first is unknown, the second soon over
     references = [
         Equations(rule, sizes, rates, length)
         for sizes, rates, length in zip(MODELS, cut(log_rates, [len(m) for m in MODELS]), lengths, strict=True)

@@ -63,6 +63,8 @@ class RuleConfig:
         slows: `"bounded"` only: whether steps are multiplied by a learned power of the size of a tensor's gradient
             beside its largest recent one; else every step is as long as its rate. That power depends on the length of
             the run too, if `drift_inputs` names it.
+        anneals: `"bounded"` only: whether steps of a run of known length are multiplied by a learned power of the share
+            of it that is left. That power depends on how few parameters a tensor and the model have.
         peak_memory: steps in which that largest one fades to 1/e.
 
     Raises:
@@ -89,6 +91,7 @@ class RuleConfig:
     size_bound: float = 1e9
     momentary_bound: float = 2.0
     slows: bool = False
+    anneals: bool = False
     peak_memory: float = 600.0
 
     def __post_init__(self) -> None:
@@ -113,8 +116,10 @@ class RuleConfig:
                 raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise ValueError(f"{field} names one thing twice: {list(getattr(self, field))}.")
-        if self.rate != "bounded" and (self.slows or self.first_inputs):
-            raise ValueError("Only 'bounded' rates slow down or begin differently: leave slows and first_inputs out.")
+        if self.rate != "bounded" and (self.slows or self.anneals or self.first_inputs):
+            raise ValueError(
+                "Only 'bounded' rates slow down, anneal or begin differently: leave out slows, anneals, first_inputs."
+            )
         if self.drift_inputs[:1] != ("tensor",):
             raise ValueError("The drift of a rate needs the input 'tensor' first.")
         if self.readouts[:1] != ("direction",) or not self.features:

@@ -41,6 +41,8 @@ GRAD_RMS_FLOOR = 1e-15
 SIZE_POWER = 0.75  # of a tensor's size, that a first rate starts from in meta-training
 MANY = 1e4  # parameters: more make no difference to a first rate
 LOG_RATE_RANGE = 33.0
+MAX_ANNEALING = 2.0
+COUNTS = ("tensor_count", "model_count")  # see `count_inputs`
 LENGTH_INPUTS = 2  # see `length_inputs`
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
@@ -193,6 +195,9 @@ class BoundedRate(nn.Module):
     with a learned `k` from 0 to 1 and the peak the largest recent gradient, which fades. Without, steps are as long as
     their rate however small the gradient has become; on smooth losses that is a walk to and fro around the minimum.
     Where `drift_inputs` names `length`, `k` depends on it as well: who will be cooled down need not slow down.
+
+    Where the rule `anneals`, and knows how long a run is, a step is multiplied by `(1 - progress) ** q`: `progress` is
+    the share of the run that is over, and `q`, from 0 to 2, is read from how few parameters tensor and model have.
     """
 
     def __init__(self, config: RuleConfig, inputs: int) -> None:
@@ -211,6 +216,8 @@ class BoundedRate(nn.Module):
             self.first = nn.Parameter(torch.tensor([[SIZE_POWER * (name == "size")] for name in config.first_inputs]))
         if config.slows:
             self.slowing = nn.Parameter(torch.zeros(1))
+        if config.anneals:
+            self.annealing = nn.Parameter(torch.zeros(1 + len(COUNTS), 1))
         if config.slows_by_length:
             self.slowing_by_length = nn.Parameter(torch.zeros(LENGTH_INPUTS, 1))
 
@@ -239,12 +246,7 @@ class BoundedRate(nn.Module):
 
     def _first_inputs(self, log_size: Tensor, layout: Layout) -> Tensor:
         """Return what first rates depend on, as logs from 0 upwards. [k, T]"""
-        in_model = layout.to_tensors(layout.mean_per_model(layout.params_in) * layout.tensors_in)
-        known = {
-            "size": log_size - math.log(self.floor),
-            "tensor_count": (MANY / layout.params_in).log().clamp(min=0.0),
-            "model_count": (MANY / in_model).log().clamp(min=0.0),
-        }
+        known = {"size": log_size - math.log(self.floor), **dict(zip(COUNTS, count_inputs(layout), strict=True))}
         return torch.stack([known[name] for name in self.first_inputs])
 
     def peak(self, mean_square: Tensor, log_peak: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,15 +275,27 @@ class BoundedRate(nn.Module):
         if not self.slows:
             return torch.ones_like(below)
         by_length = (self.slowing_by_length * length_inputs(run_length)).sum(0) if self.slows_by_length else 0.0
-        power = self.slowing + by_length
-        power = power + (power.clamp(0.0, 1.0) - power).detach()
-        return (power * below).exp()
+        return (_clipped(self.slowing + by_length, 1.0) * below).exp()
+
+    def annealed(self, state: RuleState, layout: Layout) -> Tensor:
+        """Return what steps are multiplied by as a run of known length goes on. [T]
+
+        The clip of the power passes gradients straight through.
+        """
+        counts = count_inputs(layout)
+        power = _clipped((self.annealing * torch.cat([torch.ones_like(counts[:1]), counts])).sum(0), MAX_ANNEALING)
+        return (1 - progress(state)) ** power
 
     def stand_still(self) -> None:
         """Leave log rates where they are put, and let no parameter depart from them."""
         self.size_bound = math.inf
         for value in self.parameters():
             value.zero_()
+
+
+def _clipped(power: Tensor, most: float) -> Tensor:
+    """Clip a power to 0 and more, gradients passing straight through."""
+    return power + (power.clamp(0.0, most) - power).detach()
 
 
 class SmoothedRate(nn.Module):
@@ -395,6 +409,11 @@ class HierarchicalRNN(nn.Module):
         asks = self.config.slows or "peak" in self.config.drift_inputs
         return self.rate if isinstance(self.rate, BoundedRate) and asks else None
 
+    @property
+    def annealing_rate(self) -> BoundedRate | None:
+        """The rate, if steps shrink as a run of known length goes on."""
+        return self.rate if isinstance(self.rate, BoundedRate) and self.config.anneals else None
+
     def init(self, layout: Layout, log_rate: Tensor | float, run_length: Tensor | float = 0.0) -> RuleState:
         """Return the state before the first step.
 
@@ -447,6 +466,8 @@ class HierarchicalRNN(nn.Module):
             log_peak, below = rate_by_peak.peak(mean_square, state.log_peak)
             state = state._replace(log_peak=log_peak)
             rates = rates * layout.to_params(rate_by_peak.slowed(below, state.run_length))
+        if (annealing_rate := self.annealing_rate) is not None:
+            rates = rates * layout.to_params(annealing_rate.annealed(state, layout))
         steps = param.steps * rates  # [R, P]
         return RuleOutput(
             update=steps[0],
@@ -554,6 +575,17 @@ def length_inputs(run_length: Tensor) -> Tensor:  # [T] -> [2, T]
     """Say whether the length of a run is known, and if so its order of magnitude, 0 at a thousand steps."""
     known = (run_length > 0).to(run_length.dtype)
     return torch.stack([known, known * (run_length.clamp(min=1.0) / 1000).log10()])
+
+
+def count_inputs(layout: Layout) -> Tensor:  # -> [2, T]
+    """Say how few parameters each tensor and its model have, as logs from 0 upwards, in the order of `COUNTS`."""
+    in_model = layout.to_tensors(layout.mean_per_model(layout.params_in) * layout.tensors_in)
+    return (MANY / torch.stack([layout.params_in, in_model])).log().clamp(min=0.0)
+
+
+def progress(state: RuleState) -> Tensor:  # -> [T]
+    """Say how much of a run is over, from 0 to 1; 0 where nobody knows how long it is, or it went on for longer."""
+    return state.age / state.run_length.clamp(min=1.0) * (state.age < state.run_length)
 
 
 ParamLevelEngine = Callable[[HierarchicalRNN, Tensor, RuleState, Tensor, Layout], ParamLevel]

@@ -32,11 +32,12 @@ class Totals:
         rule: the update rule, which says how many sums there are.
         work: the tensors, in order.
         before: what the upper levels remember.
+        layout: of the tensors.
     """
 
-    def __init__(self, rule: HierarchicalRNN, work: Sequence[TensorWork], before: RuleState) -> None:
+    def __init__(self, rule: HierarchicalRNN, work: Sequence[TensorWork], before: RuleState, layout: Layout) -> None:
         like = rule.param_rnn.gate_weight
-        self.rule, self.before = rule, before
+        self.rule, self.before, self.layout = rule, before, layout
         self.rows = [like.shape[1], len(rule.directions), 1, 1, 1]
         self.values = like.new_zeros(sum(self.rows), len(work))
         if rule.rate_by_peak is not None:
@@ -63,6 +64,12 @@ class Totals:
         rate = self.rule.rate_by_peak
         return None if rate is None else rate.peak(self.values[-2] / self.count, self.before.log_peak)
 
+    @cached_property
+    def annealed(self) -> Tensor | None:
+        """What `BoundedRate.annealed` returns for all tensors, if the rule asks."""
+        rate = self.rule.annealing_rate
+        return None if rate is None else rate.annealed(self.before, self.layout)
+
     def scales(self, part: slice) -> Tensor:
         """Return what directions are multiplied by, before their rate. [R, T of the part]"""
         squares = self.values.split(self.rows)[1][:, part]
@@ -71,6 +78,8 @@ class Totals:
             scales = (squares / self.count[part] + RMS_FLOOR).rsqrt()
         if (rate := self.rule.rate_by_peak) is not None and (peaks := self.peaks) is not None:
             scales = scales * rate.slowed(peaks[1][part], self.before.run_length[part])
+        if self.annealed is not None:
+            scales = scales * self.annealed[part]
         if len(scales) > 1:
             scales = torch.stack([scales[0], scales[1] * self.rule.reach])
         return scales

@@ -284,7 +284,7 @@ class HRNN(Optimizer):
         kernel = self._kernel_on(params[0].device.type)
         states, layout = [self.state[param] for param in params], tensor_layout(params)
         before = upper_state(states, rule, self._ranks, self.run_length)
-        above, totals = from_above(rule, before, layout)._replace(proceed=proceed), Totals(rule, work, before)
+        above, totals = from_above(rule, before, layout)._replace(proceed=proceed), Totals(rule, work, before, layout)
         for parts in passes(work, together=self._ranks.several):
             pending = []
             for part in parts:

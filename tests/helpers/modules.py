@@ -20,6 +20,7 @@ EVERY_PART = RuleConfig(  # of a rule with bounded rates
     peak_memory=3.0,
     drift_inputs=("tensor", "peak", "length"),
     first_inputs=("size", "model_count"),
+    anneals=True,
 )
 
 
