@@ -232,7 +232,7 @@ def test_state_stays_finite_at_any_scale_of_gradient(rule: HierarchicalRNN, scal
 def test_steps_of_a_run_of_known_length_shrink_where_the_rule_anneals() -> None:
     rule = HierarchicalRNN(RuleConfig(anneals=True))
     with torch.no_grad():
-        rule.rate.annealing[0] = 1.0  # whatever the number of parameters
+        rule.rate.annealing.copy_(torch.tensor([[1.0], [0.0], [0.0]]))  # whatever the number of parameters
     sizes: dict[float, list[float]] = {}
     for length in (0.0, 4.0):
         params = make_params()

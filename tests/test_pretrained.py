@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_hrnn.cli import main
 from lightning_hrnn.optimizer.config import RuleConfig
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.hierarchical_rnn import ANNEALING, HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import (
     DEFAULT_WEIGHTS,
@@ -255,7 +255,7 @@ def test_another_configuration_finds_its_meta_parameters_by_name() -> None:
     assert not told.rate.slowing_by_length.any()
     assert not told.rate.drift.split(list(told.drift_widths.values()))[1].any()
     annealed = reconfigured(told, replace(told.config, anneals=True))
-    assert not annealed.rate.annealing.any()
+    assert annealed.rate.annealing.flatten().tolist() == pytest.approx(ANNEALING)
     assert "rate.annealing" not in reconfigured(annealed, told.config).state_dict()
     untold = reconfigured(told, replace(turned, drift_inputs=("tensor", "means")))
     assert "rate.slowing_by_length" not in untold.state_dict()

@@ -41,6 +41,7 @@ GRAD_RMS_FLOOR = 1e-15
 SIZE_POWER = 0.75  # of a tensor's size, that a first rate starts from in meta-training
 MANY = 1e4  # parameters: more make no difference to a first rate
 LOG_RATE_RANGE = 33.0
+ANNEALING = (-0.3, 0.0, 0.2)  # that powers start from in meta-training: a constant, and for each of `COUNTS`
 MAX_ANNEALING = 2.0
 COUNTS = ("tensor_count", "model_count")  # see `count_inputs`
 LENGTH_INPUTS = 2  # see `length_inputs`
@@ -217,7 +218,7 @@ class BoundedRate(nn.Module):
         if config.slows:
             self.slowing = nn.Parameter(torch.zeros(1))
         if config.anneals:
-            self.annealing = nn.Parameter(torch.zeros(1 + len(COUNTS), 1))
+            self.annealing = nn.Parameter(torch.tensor(ANNEALING)[:, None])
         if config.slows_by_length:
             self.slowing_by_length = nn.Parameter(torch.zeros(LENGTH_INPUTS, 1))
 
