@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
 
-DEFAULT_WEIGHTS = "hrnn-v3"
+DEFAULT_WEIGHTS = "hrnn-v4"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 CARD_KEYS = {"config": dict, "sha256": str}
 
@@ -50,7 +50,7 @@ def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
 
     Example:
         >>> load_pretrained().card["name"]
-        'hrnn-v3'
+        'hrnn-v4'
     """
     path = _find(weights)
     card = read_card(path)
