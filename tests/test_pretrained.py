@@ -49,6 +49,13 @@ def test_what_is_saved_is_loaded(tmp_path: Path, preset: str) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_a_field_that_a_later_version_adds_leaves_fingerprints_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = load_pretrained()
+    before, fields = fingerprint(rule), RuleConfig.to_dict
+    monkeypatch.setattr(RuleConfig, "to_dict", lambda config: {**fields(config), "added": False})
+    assert fingerprint(rule) == before
+
+
 def test_fingerprint_tells_rules_apart() -> None:
     rule = HierarchicalRNN()
     before = fingerprint(rule)

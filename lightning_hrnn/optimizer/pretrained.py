@@ -196,8 +196,14 @@ def _left_out(key: str, config: RuleConfig) -> bool:
 
 
 def fingerprint(rule: HierarchicalRNN) -> str:
-    """Return a checksum of a rule's configuration and values, whatever file or device they are on."""
-    digest = hashlib.sha256(json.dumps(rule.config.to_dict(), sort_keys=True).encode())
+    """Return a checksum of a rule's configuration and values, whatever file or device they are on.
+
+    Of the configuration, what differs from the default has a part in it: a field that a later version adds changes no
+    rule that does without.
+    """
+    default = RuleConfig().to_dict()
+    changes = {key: value for key, value in rule.config.to_dict().items() if value != default[key]}
+    digest = hashlib.sha256(json.dumps(changes, sort_keys=True).encode())
     for name, value in sorted(rule.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
