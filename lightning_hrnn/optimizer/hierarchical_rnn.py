@@ -238,7 +238,7 @@ class BoundedRate(nn.Module):
         """
         log_size = 0.5 * (param_rms.detach().square() + self.floor**2).log()
         direction = torch.tanh((self.drift * seen).sum(0) + self.drift_bias)
-        power = torch.where(direction > 0, self.rise * (state.age < self.horizon), self.fall)
+        power = torch.where(direction > 0, self.rise * (state.age < self.horizon).to(direction.dtype), self.fall)
         log_rate = state.log_rate + power / (self.delay + state.age) * direction
         if self.first_inputs:
             first = (self.first * self._first_inputs(log_size, layout)).sum(0)
