@@ -16,6 +16,8 @@ from torch import Tensor
 
 SQUARE_FLOOR = 1e-18
 """Added to a squared average gradient, so that a parameter that never had a gradient divides zero by something."""
+MANY = 1e4
+"""Parameters; whether a model has these or more makes no difference to how small it counts as."""
 
 
 class Layout(NamedTuple):
@@ -34,6 +36,7 @@ class Layout(NamedTuple):
     model_of: Tensor  # [T] index of each tensor's model
     params_in: Tensor  # [T] number of parameters of each tensor, as a float
     tensors_in: Tensor  # [M] number of tensors of each model, as a float
+    smallness: Tensor  # [2, T] of each tensor and of its model, see `smallness`
 
     @classmethod
     def of(
@@ -59,13 +62,14 @@ class Layout(NamedTuple):
             raise ValueError(f"{len(sizes)} sizes but {len(models)} model indices: give one model to each tensor.")
         if any(size < 1 for size in sizes):
             raise ValueError("An empty tensor has no mean: leave tensors of size 0 out of the layout.")
-        params_in = torch.tensor(sizes, device=device)
-        model_index = torch.tensor(models, device=device, dtype=torch.int64)
+        counts = torch.tensor(sizes, device=device)
+        model_index, params_in = torch.tensor(models, device=device, dtype=torch.int64), counts.to(dtype)
         return cls(
-            tensor_of=torch.repeat_interleave(torch.arange(len(sizes), device=device), params_in),
+            tensor_of=torch.repeat_interleave(torch.arange(len(sizes), device=device), counts),
             model_of=model_index,
-            params_in=params_in.to(dtype),
+            params_in=params_in,
             tensors_in=torch.bincount(model_index).to(dtype),
+            smallness=smallness(params_in, model_index),
         )
 
     def mean_per_tensor(self, rows: Tensor) -> Tensor:
@@ -83,6 +87,25 @@ class Layout(NamedTuple):
     def to_tensors(self, rows: Tensor) -> Tensor:
         """Hand a model's value to each of its tensors: `[..., M] -> [..., T]`."""
         return rows.index_select(-1, self.model_of)
+
+
+def smallness(params_in: Tensor, model_of: Tensor) -> Tensor:
+    """Say how few parameters each tensor and its model have, as natural logs from 0 upwards.
+
+    Args:
+        params_in: number of parameters of each tensor. [T]
+        model_of: index of each tensor's model. [T]
+
+    Returns:
+        A row for the tensor, a row for its model. [2, T]
+
+    Example:
+        >>> smallness(torch.tensor([1e4, 1e3]), torch.tensor([0, 1])).exp()
+        tensor([[ 1., 10.],
+                [ 1., 10.]])
+    """
+    in_model = _segment_sum(params_in, model_of, int(model_of.max()) + 1)[model_of]
+    return (MANY / torch.stack([params_in, in_model])).log().clamp(min=0.0)
 
 
 def _segment_sum(rows: Tensor, segment: Tensor, count: int) -> Tensor:

@@ -39,11 +39,10 @@ RMS_FLOOR = 1e-20
 PARAM_RMS_FLOOR = 1e-12
 GRAD_RMS_FLOOR = 1e-15
 SIZE_POWER = 0.75  # of a tensor's size, that a first rate starts from in meta-training
-MANY = 1e4  # parameters: more make no difference to a first rate
 LOG_RATE_RANGE = 33.0
 ANNEALING = (-0.3, 0.0, 0.2)  # that powers start from in meta-training: a constant, and for each of `COUNTS`
 MAX_ANNEALING = 2.0
-COUNTS = ("tensor_count", "model_count")  # see `count_inputs`
+COUNTS = ("tensor_count", "model_count")  # the rows of `Layout.smallness`
 LENGTH_INPUTS = 2  # see `length_inputs`
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
@@ -247,7 +246,7 @@ class BoundedRate(nn.Module):
 
     def _first_inputs(self, log_size: Tensor, layout: Layout) -> Tensor:
         """Return what first rates depend on, as logs from 0 upwards. [k, T]"""
-        known = {"size": log_size - math.log(self.floor), **dict(zip(COUNTS, count_inputs(layout), strict=True))}
+        known = {"size": log_size - math.log(self.floor), **dict(zip(COUNTS, layout.smallness, strict=True))}
         return torch.stack([known[name] for name in self.first_inputs])
 
     def peak(self, mean_square: Tensor, log_peak: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,8 +282,7 @@ class BoundedRate(nn.Module):
 
         The clip of the power passes gradients straight through.
         """
-        counts = count_inputs(layout)
-        power = _clipped((self.annealing * torch.cat([torch.ones_like(counts[:1]), counts])).sum(0), MAX_ANNEALING)
+        power = _clipped(self.annealing[0] + (self.annealing[1:] * layout.smallness).sum(0), MAX_ANNEALING)
         return (1 - progress(state)) ** power
 
     def stand_still(self) -> None:
@@ -576,12 +574,6 @@ def length_inputs(run_length: Tensor) -> Tensor:  # [T] -> [2, T]
     """Say whether the length of a run is known, and if so its order of magnitude, 0 at a thousand steps."""
     known = (run_length > 0).to(run_length.dtype)
     return torch.stack([known, known * (run_length.clamp(min=1.0) / 1000).log10()])
-
-
-def count_inputs(layout: Layout) -> Tensor:  # -> [2, T]
-    """Say how few parameters each tensor and its model have, as logs from 0 upwards, in the order of `COUNTS`."""
-    in_model = layout.to_tensors(layout.mean_per_model(layout.params_in) * layout.tensors_in)
-    return (MANY / torch.stack([layout.params_in, in_model])).log().clamp(min=0.0)
 
 
 def progress(state: RuleState) -> Tensor:  # -> [T]

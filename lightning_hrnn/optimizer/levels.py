@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from lightning_hrnn.optimizer.features import Layout
+from lightning_hrnn.optimizer.features import Layout, smallness
 from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel, RuleState
 from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, where
 from lightning_hrnn.optimizer.sharding import Ranks, local
@@ -121,11 +121,13 @@ def tensor_layout(params: Sequence[Tensor]) -> Layout:
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> Layout:
+    params_in, model_of = _counts(sizes, device), torch.zeros(len(sizes), dtype=torch.int64, device=device)
     return Layout(
         tensor_of=torch.empty(0, dtype=torch.int64, device=device),
-        model_of=torch.zeros(len(sizes), dtype=torch.int64, device=device),
-        params_in=_counts(sizes, device),
+        model_of=model_of,
+        params_in=params_in,
         tensors_in=_counts((len(sizes),), device),
+        smallness=smallness(params_in, model_of),
     )
 
 
