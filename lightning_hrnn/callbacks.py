@@ -29,7 +29,7 @@ from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 from lightning_hrnn.optimizer.schedule import SHARE, cooldown
 from lightning_hrnn.optimizer.state import FALLBACK_LR, note_of
 from lightning_hrnn.options import HRNNOptions, SchedulerPolicy
-from lightning_hrnn.progress import planned_steps, progress
+from lightning_hrnn.progress import known_steps, progress
 from lightning_hrnn.suitability import StepLengthWatch, check_strategy, warn_of_length
 from lightning_hrnn.telemetry import Detail, Telemetry
 
@@ -143,7 +143,7 @@ class HRNNOptimizerCallback(Callback):
         """Return the multiplier of the learned rates, and at the end of how many steps it will be zero, if known."""
         cools = self.options.rates_are_its_own and self.options.cooldown > 0
         done = progress(trainer) if cools else None
-        return (1.0, 0.0) if done is None else (cooldown(done, 1, self.options.cooldown), planned_steps(trainer))
+        return (1.0, 0.0) if done is None else (cooldown(done, 1, self.options.cooldown), known_steps(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Return to the true weights; by hand there may be more to differentiate, and the step will see to it."""

@@ -30,7 +30,7 @@ from lightning_hrnn.meta.unroll import Point
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 from lightning_hrnn.optimizer.kernels import choose_engine
-from lightning_hrnn.optimizer.pretrained import load_pretrained, reconfigured, save_pretrained
+from lightning_hrnn.optimizer.pretrained import first_rate, load_pretrained, reconfigured, save_pretrained
 from lightning_hrnn.version import __version__
 
 RECENT = 30  # windows of the running mean: which tasks are in flight, and how old, makes single windows jump
@@ -49,7 +49,8 @@ class MetaLearner(LightningModule):
         scored_steps: how many of a window's steps the meta-loss scores, drawn at random, the last always.
         lives: how long tasks live.
         rates: range of first learned rates that tasks start from.
-        initial_rate: first learned rate in validation, and of the exported weights.
+        initial_rate: first learned rate in validation, and of the exported weights; if None, that of `weights`, or
+            1e-3 without.
         loss: the meta-loss.
         scored_point: where it is taken: at the parameters themselves (`"last"`), at their trailing average
             (`"average"`), which does not pay the rule for settling early but lets it rush, or at `"both"`.
@@ -78,7 +79,7 @@ class MetaLearner(LightningModule):
         scored_steps: int = 5,
         lives: Lives | None = None,
         rates: tuple[float, float] = (1e-5, 1e-2),
-        initial_rate: float = 1e-3,
+        initial_rate: float | None = None,
         loss: LogRatio | None = None,
         scored_point: Point = "last",
         cooling: float = 0.5,
@@ -104,7 +105,8 @@ class MetaLearner(LightningModule):
             raise ValueError(f"scored_point must be one of {list(get_args(Point))}, not {scored_point!r}.")
         self.scored_point = scored_point
         self.pool = TaskPool(places, lives or Lives(), rates, cooling)
-        self.initial_rate, self.threads = initial_rate, threads
+        self.initial_rate = first_rate(self.rule) if initial_rate is None else initial_rate
+        self.threads = threads
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.engine: ParamLevelEngine | None = choose_engine(engine, self.rule)
         if isinstance(self.estimator, Evolution):
@@ -258,7 +260,7 @@ class MetaLearner(LightningModule):
                 "package_version": __version__,
                 **(datamodule.description if datamodule is not None else {}),
                 "meta_steps": self.global_step,
-                "horizon": round(self.pool.lives.upper(self.global_step)),
+                "horizon": max(round(self.pool.lives.upper(self.global_step)), self.rule.card.get("horizon", 0)),
                 "window": self.window,
                 "started_from": self.started_from,
             }

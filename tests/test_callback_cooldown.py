@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.modules import GAN, Batches, Regression, by_hand, quiet_trainer, same_state
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_hrnn import configure_hrnn
@@ -98,10 +98,20 @@ def test_weights_are_told_how_many_steps_there_will_be(tmp_path, arguments, step
 
 
 @pytest.mark.parametrize("arguments", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 20}], ids=str)
-def test_each_of_two_optimizers_is_told_its_own_steps(tmp_path, arguments):
+def test_who_steps_by_hand_may_step_any_number_of_times_so_nothing_is_told(tmp_path, arguments):
     watch = Watch()
     quiet_trainer(tmp_path, HRNNOptimizerCallback(), watch, **arguments).fit(GAN(), Batches(5))
-    assert watch.lengths == {10}
+    assert watch.lengths == {0.0}
+
+
+@pytest.mark.parametrize(("factors", "steps"), [({0: 1, 3: 4}, 30), ({0: 4, 3: 1}, 30), ({0: 3}, 18), ({2: 5}, 24)])
+def test_accumulation_that_changes_is_counted_epoch_by_epoch(tmp_path, factors, steps):
+    watch = Watch()
+    callbacks = [GradientAccumulationScheduler(factors), HRNNOptimizerCallback(), watch]
+    trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=6)
+    trainer.fit(Regression(), Batches(8))
+    assert watch.lengths == {steps}
+    assert trainer.global_step == steps
 
 
 @pytest.mark.parametrize(
@@ -129,7 +139,15 @@ def test_a_length_that_is_taken_back_leaves_nothing_behind(tmp_path):
     assert watch.seen == [1.0] * len(watch.seen)
 
 
-@pytest.mark.parametrize("steps", [math.inf, math.nan, -1.0])
+@pytest.mark.parametrize("multiplier", [math.inf, math.nan, -1.0, "1", None])
+def test_a_multiplier_out_of_range_is_refused(multiplier):
+    optimizer = HRNN(Regression().parameters())
+    with pytest.raises(ValueError, match="cooldown is a multiplier of learned rates, from 0 upwards"):
+        optimizer.cooldown = multiplier
+    assert optimizer.cooldown == 1.0
+
+
+@pytest.mark.parametrize("steps", [math.inf, math.nan, -1.0, 1e40, "30", None])
 def test_a_length_out_of_range_is_refused(steps):
     optimizer = HRNN(Regression().parameters())
     with pytest.raises(ValueError, match="run_length is a number of steps, 0 where nobody knows"):

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_hrnn.cli import main
 from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT, train, warm_up_cosine
 from lightning_hrnn.evaluation.evaluation_report import EvaluationReport
-from lightning_hrnn.evaluation.figures import plot_win_rates
+from lightning_hrnn.evaluation.figures import plot_curves, plot_rates, plot_win_rates
 from lightning_hrnn.evaluation.given import train_given
 from lightning_hrnn.evaluation.nets import VALIDATION_NETS
 from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Learned, Outcome, Trial
@@ -23,7 +23,7 @@ from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.statistics import diverged, interquartile_mean, interval, mean_log, reached, speedup
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.unseen import unseen_nets
-from lightning_hrnn.evaluation.verdict import judge, summarise
+from lightning_hrnn.evaluation.verdict import judge, summarise, tuned_parts
 from lightning_hrnn.meta.population import Population, TaskBatch
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
@@ -298,6 +298,11 @@ def test_a_rule_that_reads_the_length_of_a_run_is_told_it_unless_it_is_unknown()
     setting = Setting("nets", steps=20, seeds=1)
     told, untold = (Trial(setting, "wide-relu-mlp", name).run(Learned(rule)) for name in (OURS, ANYTIME))
     assert all(rate > 1.5 * other for rate, other in zip(told.rates[-1], untold.rates[-1], strict=True))
+    rule.card = {"horizon": 19}  # a longer run it is not told of
+    beyond = Trial(setting, "wide-relu-mlp", OURS).run(Learned(rule))
+    before_the_cooldown = sum(step <= 10 for step in untold.steps)
+    assert beyond.rates[:before_the_cooldown] == untold.rates[:before_the_cooldown]
+    assert beyond.final != untold.final
 
 
 def test_tuning_in_parts_gives_each_rate_its_due(recorder, monkeypatch):
@@ -389,6 +394,10 @@ def test_without_cooldown_ours_is_compared_with_constant_rates(tmp_path):
     assert "tuned at constant rates, it then ends lower than Adam on 33%" in report.summary
     (section,) = [part for part in report.markdown().split("## ") if part.startswith("Without cooldown, against")]
     assert section.count("| net |") == 3
+    tuned = {name: part["tuning_seconds"] for name, part in tuned_parts(records[0]).items()}
+    assert list(tuned) == [*BASELINES, *CONSTANT]
+    everything = sum(part["tuning_seconds"] for one in records for part in tuned_parts(one).values())
+    assert report.verdict["seconds"]["tuning"] == pytest.approx(everything)
     plot_win_rates(report.verdict, tmp_path / "both.png")
     alone = EvaluationReport.of(records[3:], title="t", command="c", settings={}, figures={})
     assert "constant rates" not in alone.summary + alone.markdown()
@@ -465,8 +474,20 @@ def test_only_what_an_outcome_depends_on_makes_it_stale(tmp_path):
         assert cache.read(replace(trial, setting=replace(SMALL, **change))) is None
     assert cache.read(replace(trial, optimizer=OURS, weights="abc")) is None
     (file,) = tmp_path.iterdir()
-    file.write_text(file.read_text()[:-9])
+    content = json.loads(file.read_text())
+    for damage in ({"final": "abc"}, {"final": ["abc"]}, {"curve": []}, {"steps": None}, {"initial": 3}):
+        file.write_text(json.dumps({**content, "outcome": {**content["outcome"], **damage}}))
+        assert cache.read(trial) is None
+    file.write_text(json.dumps(content)[:-9])
     assert cache.read(trial) is None
+
+
+def test_a_run_that_fails_at_once_is_drawn_all_the_same(tmp_path):
+    failed = replace(outcome(1.0), steps=[1, 2], curve=[[math.nan], [math.nan]], rates=([math.nan], [0.0]))
+    by_name = dict.fromkeys((OURS, *BASELINES), failed)
+    plot_rates({"net": by_name}, tmp_path / "rates.png")
+    plot_curves({"net": by_name}, tmp_path / "curves.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"rates.png", "curves.png"}
 
 
 # -- the command

@@ -464,9 +464,21 @@ def test_the_best_weights_are_exported_with_a_card(tmp_path: Path) -> None:
     changed = make_learner(weights=str(path), rule_changes={"drift_rise": 3.0})
     assert (changed.rule.config.drift_rise, rule.config.drift_rise) == (3.0, 2.0)
     assert torch.equal(changed.rule.decay_bias, rule.decay_bias)
+    assert started.initial_rate == rule.card["initial_rate"]
     started.export(tmp_path / "again.safetensors")
     again = load_pretrained(tmp_path / "again.safetensors").card
     assert (again["meta_steps"], again["corpus"], again["name"]) == (rule.card["meta_steps"], "quick", "again")
+
+
+def test_fine_tuning_keeps_the_first_rate_and_the_horizon_of_its_weights(tmp_path: Path) -> None:
+    learner = MetaLearner(weights="hrnn-v4", places=1, window=5, scored_steps=2, lives=Lives(10, 10, 10, 1))
+    make_trainer(tmp_path, 1, enable_checkpointing=False).fit(learner, TaskDataModule("quick", instances=2))
+    card = load_pretrained(learner.export(tmp_path / "tuned.safetensors")).card
+    before = load_pretrained("hrnn-v4").card
+    assert (card["initial_rate"], card["horizon"]) == (before["initial_rate"], before["horizon"])
+    assert card["meta_steps"] == 1
+    chosen = MetaLearner(weights="hrnn-v4", initial_rate=3e-4)
+    assert (chosen.initial_rate, MetaLearner().initial_rate) == (3e-4, 1e-3)
 
 
 def test_meta_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -246,6 +246,22 @@ def test_steps_of_a_run_of_known_length_shrink_where_the_rule_anneals() -> None:
     assert shares == pytest.approx([1.0, 0.75, 0.5, 0.25, 1.0, 1.0], rel=1e-3)  # then the run is another
 
 
+def test_the_length_of_a_run_beyond_the_horizon_of_the_weights_is_not_told() -> None:
+    rule = HierarchicalRNN(RuleConfig(anneals=True))
+    with torch.no_grad():
+        rule.rate.annealing.copy_(torch.tensor([[1.0], [0.0], [0.0]]))
+    rule.card = {"horizon": 4}
+    ends = {}
+    for length in (0, 4, 5):
+        params = make_params()
+        optimizer = HRNN(params, weights=rule)
+        optimizer.run_length = length
+        run(optimizer, params, range(4))
+        ends[length] = flat(params)
+    assert torch.equal(ends[5], ends[0])
+    assert not torch.equal(ends[4], ends[0])
+
+
 def test_a_parameter_that_never_has_a_gradient_never_moves() -> None:
     params = make_params()
     optimizer = HRNN(params, weights=make_rule())

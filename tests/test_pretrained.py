@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable
@@ -62,6 +63,12 @@ def test_fingerprint_tells_rules_apart() -> None:
     with torch.no_grad():
         rule.decay_bias[0] += 1e-6
     assert fingerprint(rule) != before
+
+
+def test_whole_numbers_and_others_are_one_rule() -> None:
+    whole, rule = (HierarchicalRNN(RuleConfig(drift_delay=delay)) for delay in (7, 7.0))
+    whole.load_state_dict(rule.state_dict())
+    assert fingerprint(whole) == fingerprint(rule)
 
 
 @pytest.mark.parametrize("name", available_weights())
@@ -209,6 +216,48 @@ def test_a_card_that_is_not_one_is_refused(saved: Path, text: str) -> None:
         load_pretrained(saved)
 
 
+RESULT = {"net": "conv", "regret": 0.1, "steps": [1, 2], "hrnn": [2.0, 1.0], "tuned_adam": [2.0, 1.5]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({key: value}, key)
+            for key in ("initial_rate", "horizon")
+            for value in (math.nan, math.inf, -1, 0, "x", None)
+        ),
+        *(
+            ({"evaluation": value}, "evaluation")
+            for value in (3, {}, [1], [{}], [RESULT, RESULT | {"steps": [1]}], [RESULT | {"regret": "low"}])
+        ),
+    ],
+    ids=str,
+)
+def test_a_card_whose_numbers_are_none_is_refused(saved: Path, changes: dict[str, object], message: str) -> None:
+    edit_card(saved, evaluation=[RESULT, RESULT], horizon=300)
+    assert load_pretrained(saved).card["horizon"] == 300
+    edit_card(saved, **changes)
+    with pytest.raises(WeightsError, match=f"'{message}' must"):
+        load_pretrained(saved)
+
+
+def test_a_folder_is_no_card(saved: Path) -> None:
+    saved.with_suffix(".json").unlink()
+    saved.with_suffix(".json").mkdir()
+    with pytest.raises(WeightsError, match="is not a card"):
+        load_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("param_hidden", 10.5), ("drift_rise", "2"), ("drift_rise", None), ("slows", None), ("anneals", "yes")],
+)
+def test_fields_of_another_kind_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be .*, not {value!r}"):
+        RuleConfig(**{field: value})  # type: ignore[arg-type]
+
+
 def test_other_suffixes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"saved as \.safetensors, not \.pt"):
         save_pretrained(HierarchicalRNN(), tmp_path / "mine.pt", {})
@@ -221,7 +270,7 @@ def test_unknown_presets_parts_and_sizes_are_refused() -> None:
         RuleConfig(features=("loss",))
     with pytest.raises(ValueError, match="Unknown direction 'up'"):
         RuleConfig(direction="up")
-    with pytest.raises(ValueError, match="param_hidden must be at least 1"):
+    with pytest.raises(ValueError, match="param_hidden must be an integer of at least 1"):
         RuleConfig(param_hidden=0)
     with pytest.raises(ValueError, match="drift_rise must be positive"):
         RuleConfig(drift_rise=-1.0)
@@ -284,6 +333,10 @@ def test_weights_are_averaged_with_other_bounds(tmp_path: Path) -> None:
     assert [*plain.directions] == ["direction"]
     with pytest.raises(ValueError, match="cannot be averaged"):
         average_weights([HierarchicalRNN(), HierarchicalRNN(RuleConfig(tensor_hidden=30))])
+    slowing = HierarchicalRNN(RuleConfig(slows=True))
+    for some in ([slowing, rules[0]], [rules[0], slowing], []):  # in whichever order
+        with pytest.raises(ValueError, match="cannot be averaged"):
+            average_weights(some)
     with pytest.raises(ValueError, match="cannot be averaged"):
         average_weights(rules, {"drift_up": 1.0})
     paths = [str(save_pretrained(rule, tmp_path / f"{k}.safetensors", {"seed": k})) for k, rule in enumerate(rules)]

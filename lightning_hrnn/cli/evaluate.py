@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -21,12 +22,12 @@ from lightning_hrnn.cli.parser import PROGRAM, CommandParser
 from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT
 from lightning_hrnn.evaluation.evaluation_report import LOSS_COLUMNS, EvaluationReport, losses_row
 from lightning_hrnn.evaluation.figures import plot_curves, plot_rates, plot_win_rates
-from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Outcome, Trial, first_rate
+from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Outcome, Trial
 from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.verdict import judge
 from lightning_hrnn.optimizer.kernels import choose_engine
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, load_pretrained
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, load_pretrained
 
 QUICK: dict[str, Any] = {"steps": 50, "seeds": 2, "tuning_seeds": 1, "tasks": 2}
 NOT_SHOWN = ("default_adam", "given", "beaten")
@@ -61,7 +62,7 @@ def run(arguments: Sequence[str]) -> None:
     for task in tasks:
         setting.draw(task, "report", 1)  # says now if a data set is missing
     ready_folder(options.out)
-    version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}"
+    version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}, horizon {rule.card.get('horizon', math.inf):g}"
     outcomes = compare(setting, tasks, version, options, console)
     records = [judge(setting, task, outcomes[task]) for task in tasks]
     report = EvaluationReport.of(
@@ -75,8 +76,8 @@ def run(arguments: Sequence[str]) -> None:
             "rates.png": "Learned rate of each tensor over steps",
         },
     )
-    draw(report, outcomes, options.out)
     report.write(options.out)
+    draw(report, outcomes, options.out)
     show(report, console)
     console.print(report.summary)
     console.print(f"Written to {options.out}: report.md, report.json, {', '.join(report.figures)}")

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT
 from lightning_hrnn.evaluation.protocol import GIVEN
 from lightning_hrnn.evaluation.report import Column, Report
-from lightning_hrnn.evaluation.verdict import Record, summarise
+from lightning_hrnn.evaluation.verdict import Record, summarise, tuned_parts
 
 LOSS_COLUMNS = (
     Column("task", "task"),
@@ -69,14 +69,14 @@ def constant_row(record: Mapping[str, Any]) -> Record:
 
 def cost_row(record: Mapping[str, Any]) -> Record:
     """Return a record's tuned rates and times as a row of a table."""
-    bases = record["baselines"]
+    tuned = tuned_parts(record)
     return {
         "task": record["task"],
-        **{f"{name}_lr": base["lr"] for name, base in bases.items()},
-        "edge": ", ".join(name for name, base in bases.items() if base["at_edge_of_grid"]) or "none",
+        **{f"{name}_lr": base["lr"] for name, base in record["baselines"].items()},
+        "edge": ", ".join(name for name, part in tuned.items() if part["at_edge_of_grid"]) or "none",
         "hrnn_seconds": record["hrnn"]["seconds"],
-        "adam_seconds": bases["adam"]["seconds"],
-        "tuning_seconds": sum(base["tuning_seconds"] for base in bases.values()),
+        "adam_seconds": record["baselines"]["adam"]["seconds"],
+        "tuning_seconds": sum(part["tuning_seconds"] for part in tuned.values()),
     }
 
 

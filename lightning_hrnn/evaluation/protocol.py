@@ -27,6 +27,7 @@ from lightning_hrnn.evaluation.statistics import mean_log
 from lightning_hrnn.meta.population import Population, Progress, TaskBatch
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
+from lightning_hrnn.optimizer.pretrained import first_rate, told_length
 from lightning_hrnn.optimizer.schedule import cooldown
 from lightning_hrnn.tasks.corpus import get_corpus
 
@@ -37,7 +38,6 @@ DEFAULT_ADAM, DEFAULT_RATE = "default_adam", 1e-3
 RATES = tuple(10 ** (exponent / 2) for exponent in range(-12, 3))
 """The grid: 15 rates from 1e-6 to 10, half a decade apart."""
 FLOATS_AT_ONCE = 2**25  # of parameters and data while tuning
-FIRST_RATE = 1e-3  # where a card says none
 
 Tick = Callable[[float], None]
 
@@ -67,6 +67,11 @@ class Outcome:
     tuning_seconds: float = 0.0
     tuning: tuple[float, ...] = ()
     rates: tuple[list[float], ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers = [*self.initial, *self.final, *self.steps, *(value for losses in self.curve for value in losses)]
+        if not all(isinstance(value, int | float) for value in numbers) or len(self.curve) != len(self.steps):
+            raise TypeError("An outcome holds losses as numbers, those of each scored step.")
 
 
 class Learned(NamedTuple):
@@ -186,7 +191,7 @@ class Trial:
         setting, rule = self.setting, learned.rule.to(self.setting.device)
         population = Population([setting.draw(self.task, "report", setting.seeds)])
         initial = population.losses(population.initial_params())
-        progress = begin(rule, population, math.log(first_rate(rule)), self._known_length)
+        progress = begin(rule, population, math.log(first_rate(rule)), told_length(rule, self._known_length))
         began, before, losses, rates = time.perf_counter(), 0, [], []
         for step in setting.scored():
             part = unroll(
@@ -208,7 +213,7 @@ class Trial:
 
     @property
     def _known_length(self) -> int:
-        """Number of steps that the learned optimizer is told; 0 if it does not know how long the run is."""
+        """Number of steps after which learned rates are zero; 0 if nobody knows how long the run is."""
         return 0 if self.optimizer == ANYTIME else self.setting.steps
 
     def _multiplier(self, before: int, step: int) -> float:
@@ -218,11 +223,6 @@ class Trial:
     def _outcome(self, lr: float | None, initial: Tensor, losses: Tensor, seconds: float) -> Outcome:
         final = self.setting.final_loss(losses)
         return Outcome(lr, initial.tolist(), final.tolist(), self.setting.scored(), losses.tolist(), seconds)
-
-
-def first_rate(rule: HierarchicalRNN) -> float:
-    """Return the first learned rate that the weights' card asks for."""
-    return float(rule.card.get("initial_rate", FIRST_RATE))
 
 
 def _rates(rule: HierarchicalRNN, population: Population, progress: Progress) -> list[float]:

@@ -122,9 +122,15 @@ def summarise(records: Sequence[Record]) -> Record:
         "seconds": {
             "hrnn": sum(record["hrnn"]["seconds"] for record in records),
             **{name: sum(record["baselines"][name]["seconds"] for record in records) for name in BASELINES},
-            "tuning": sum(base["tuning_seconds"] for record in records for base in record["baselines"].values()),
+            "tuning": sum(part["tuning_seconds"] for record in records for part in tuned_parts(record).values()),
         },
     }
+
+
+def tuned_parts(record: Mapping[str, Any]) -> dict[str, Record]:
+    """Return the parts of a record, by the name of their optimizer, whose rates were tuned."""
+    constant = record["constant"]["baselines"] if "constant" in record else {}
+    return {**record["baselines"], **constant, **({GIVEN: record[GIVEN]} if GIVEN in record else {})}
 
 
 def count_diverged(outcome: Outcome) -> int:

@@ -68,7 +68,7 @@ class RuleConfig:
         peak_memory: steps in which that largest one fades to 1/e.
 
     Raises:
-        ValueError: a name is unknown or a size is not positive.
+        ValueError: a name is unknown, a size is not positive, or a field is of another kind.
     """
 
     param_hidden: int = 10
@@ -98,11 +98,15 @@ class RuleConfig:
         for field in ("features", "tensor_features", "readouts", "without", "first_inputs", "drift_inputs"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}.")
+            if not isinstance(size := getattr(self, field), int) or size < 1:
+                raise ValueError(f"{field} must be an integer of at least 1, not {size!r}.")
         for field in POSITIVE:
-            if not 0 < getattr(self, field) < math.inf:
-                raise ValueError(f"{field} must be positive and finite, not {getattr(self, field)}.")
+            if not isinstance(bound := getattr(self, field), int | float) or not 0 < bound < math.inf:
+                raise ValueError(f"{field} must be positive and finite, not {bound!r}.")
+            object.__setattr__(self, field, float(bound))  # 7 and 7.0 are one rule, with one fingerprint
+        for field in ("slows", "anneals"):
+            if not isinstance(flag := getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, not {flag!r}.")
         for field, known in (
             ("features", tuple(FEATURES)),
             ("tensor_features", TENSOR_FEATURES),

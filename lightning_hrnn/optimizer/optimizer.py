@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import compress
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
@@ -36,11 +37,12 @@ from lightning_hrnn.optimizer.levels import (
     tensor_log_rates,
     upper_state,
 )
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, load_pretrained
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, load_pretrained, told_length
 from lightning_hrnn.optimizer.sharding import Ranks, is_sharded, local, local_grad
 from lightning_hrnn.optimizer.state import LOOKAHEAD, NOTE, STATE_DTYPES, initial_state, loaded_state, note_of
 
 Rate = Literal["learned", "given"]
+LONGEST = 1e30  # of a run, in steps: well within single precision
 
 
 class HRNN(Optimizer):
@@ -108,7 +110,7 @@ class HRNN(Optimizer):
         self._rate, self._given = rate, dict[Tensor, float]()  # the second: log rates as put, with `rate="given"`
         self._weights_name = "custom" if isinstance(weights, HierarchicalRNN) else str(weights)
         self._fingerprint = fingerprint(rule)
-        self._first_rate = float(rule.card.get("initial_rate", 1e-3))
+        self._first_rate = first_rate(rule)
         self._kernel_name, self._state_dtype = kernel, state_dtype
         self._other_weights = other_weights
         check_kernel(kernel)  # now, not at the first step
@@ -117,10 +119,21 @@ class HRNN(Optimizer):
         self._true_weights: dict[Tensor, Tensor] = {}  # this rank's shards
         self._skipped = 0
         self._unread: Tensor | None = None  # skipped steps that the device has counted since
-        self.cooldown, self._run_length = 1.0, 0.0
+        self._cooldown, self._run_length = 1.0, 0.0
         if lr is None:
             lr = 1.0 if rate == "learned" else math.nan  # which check_group refuses
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "initial_rate": initial_rate})
+
+    @property
+    def cooldown(self) -> float:
+        """Return the second multiplier of all groups."""
+        return self._cooldown
+
+    @cooldown.setter
+    def cooldown(self, multiplier: float) -> None:
+        if not isinstance(multiplier, Real) or not 0 <= multiplier < math.inf:
+            raise ValueError(f"cooldown is a multiplier of learned rates, from 0 upwards, and not {multiplier!r}.")
+        self._cooldown = float(multiplier)
 
     @property
     def run_length(self) -> float:
@@ -129,8 +142,8 @@ class HRNN(Optimizer):
 
     @run_length.setter
     def run_length(self, steps: float) -> None:
-        if not 0 <= steps < math.inf:
-            raise ValueError(f"run_length is a number of steps, 0 where nobody knows it, and not {steps}.")
+        if not isinstance(steps, Real) or not 0 <= steps <= LONGEST:
+            raise ValueError(f"run_length is a number of steps, 0 where nobody knows it, and not {steps!r}.")
         self._run_length = float(steps)
 
     # ------------------------------------------------------------------ groups and state
@@ -283,7 +296,7 @@ class HRNN(Optimizer):
         rule = self._rule_on(params[0].device)
         kernel = self._kernel_on(params[0].device.type)
         states, layout = [self.state[param] for param in params], tensor_layout(params)
-        before = upper_state(states, rule, self._ranks, self.run_length)
+        before = upper_state(states, rule, self._ranks, told_length(rule, self.run_length))
         above, totals = from_above(rule, before, layout)._replace(proceed=proceed), Totals(rule, work, before, layout)
         for parts in passes(work, together=self._ranks.several):
             pending = []

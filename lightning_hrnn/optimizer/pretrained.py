@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,15 @@ from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalR
 DEFAULT_WEIGHTS = "hrnn-v4"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 CARD_KEYS = {"config": dict, "sha256": str}
+FIRST_RATE = 1e-3  # where a card says none
+POSITIVE_KEYS = ("initial_rate", "horizon")  # of a card, where it has them
+RESULT_KEYS = {
+    "net": str,
+    "regret": int | float,
+    "steps": list,
+    "hrnn": list,
+    "tuned_adam": list,
+}  # of a validation run
 
 
 class WeightsError(ValueError):
@@ -88,14 +98,53 @@ def read_card(weights: str | Path = DEFAULT_WEIGHTS) -> dict[str, Any]:
         raise WeightsError(
             f"{path.with_suffix('.safetensors')} has no card: {path.name} should lie beside it."
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path} is not a card ({_first_line(error)}).") from error
     missing = [
         key for key, kind in CARD_KEYS.items() if not isinstance(card, dict) or not isinstance(card.get(key), kind)
     ]
     if missing:
         raise WeightsError(f"{path} is not a card: it lacks {missing}, or what it has there is of another kind.")
+    for key in POSITIVE_KEYS:
+        value = card.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise WeightsError(f"{path} is damaged: {key!r} must be a positive number, not {value!r}. Export it again.")
+    if not _are_results(card.get("evaluation", [])):
+        raise WeightsError(
+            f"{path} is damaged: 'evaluation' must list networks, each with {sorted(RESULT_KEYS)}. Export it again, or "
+            "leave 'evaluation' out."
+        )
     return card
+
+
+def _are_results(evaluation: Any) -> bool:
+    """Tell whether a value lists results of validation runs, whose losses were taken at the same steps."""
+    if not isinstance(evaluation, list):
+        return False
+    return all(
+        isinstance(row, dict)
+        and all(isinstance(row.get(key), kind) for key, kind in RESULT_KEYS.items())
+        and len(row["hrnn"]) == len(row["tuned_adam"]) == len(row["steps"]) == len(evaluation[0]["steps"])
+        for row in evaluation
+    )
+
+
+def first_rate(rule: HierarchicalRNN) -> float:
+    """Return the first learned rate that the card of a rule asks for, or that of a rule without one."""
+    return float(rule.card.get("initial_rate", FIRST_RATE))
+
+
+def told_length(rule: HierarchicalRNN, steps: float) -> float:
+    """Return the length of a run as a rule is told it: 0, unknown, of runs longer than any that it was meta-trained on.
+
+    What it makes of a length that it never heard of nobody chose: `hrnn-v4` keeps rates up so long that a deep
+    perceptron loses what it had learned (`docs/log.md`).
+
+    Args:
+        rule: the update rule; the `horizon` of its card is the longest run it was meta-trained on, in steps.
+        steps: of the run; 0 where nobody knows.
+    """
+    return steps if steps <= rule.card.get("horizon", math.inf) else 0.0
 
 
 def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any]) -> Path:
@@ -136,15 +185,20 @@ def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | 
     Parts that the changed configuration does without, such as attention, are left out.
 
     Args:
-        rules: at least one; the configuration is the last one's.
+        rules: at least one, of the same meta-parameters; the configuration is the last one's.
         changes: fields of that configuration to replace.
 
     Raises:
         ValueError: the rules, or the changes, are of different shapes, or a field is unknown.
     """
+    states = [rule.state_dict() for rule in rules]
+    if not states or any(state.keys() != states[0].keys() for state in states):
+        raise ValueError(
+            "These rules cannot be averaged: one has parts that another does without. Take checkpoints of one run, or "
+            "leave the parts out of each first."
+        )
     try:
         averaged = HierarchicalRNN(rules[-1].config)
-        states = [rule.state_dict() for rule in rules]
         averaged.load_state_dict({key: torch.stack([s[key] for s in states]).mean(0) for key in averaged.state_dict()})
         averaged = reconfigured(averaged, replace(averaged.config, **(changes or {})))
     except (KeyError, RuntimeError, TypeError) as error:
