@@ -71,6 +71,24 @@ def test_every_tensor_moves_by_lr(kernel, preset):
     assert any(abs(math.log(rms(change) / 3e-3)) > 0.1 for change in last)  # the same rule, left to itself
 
 
+def test_the_length_of_the_run_changes_nothing():
+    torch.manual_seed(7)
+    rule = HierarchicalRNN(RuleConfig(drift_inputs=("tensor", "peak", "length"), slows=True, anneals=True))
+    with torch.no_grad():
+        for value in rule.rate.parameters():
+            value.add_(torch.randn_like(value).abs())
+    ends = {}
+    for rate in ("given", "learned"):
+        for length in (0, 10):
+            module = model()
+            optimizer = HRNN(module.parameters(), rule, lr=3e-3 if rate == "given" else 1.0, rate=rate)
+            optimizer.run_length = length
+            take(module, optimizer, 5)
+            ends[rate, length] = nn.utils.parameters_to_vector(module.parameters())
+    assert torch.equal(ends["given", 0], ends["given", 10])
+    assert not torch.equal(ends["learned", 0], ends["learned", 10])
+
+
 def test_a_scheduler_sets_the_step():
     module = model()
     optimizer = HRNN(module.parameters(), lr=1e-2, rate="given")

@@ -119,5 +119,5 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(_text(item) for item in value)
+        return ", ".join(_text(item) for item in value) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
