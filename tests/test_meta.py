@@ -548,6 +548,7 @@ def test_every_process_validates_every_network(tmp_path: Path) -> None:
         name: pytest.approx(one[f"val/{name}"], abs=1e-3) for name in ("wide-mlp", "transformer")
     }
     assert rows[0]["regret"] != rows[1]["regret"]
+    assert all(len(row["hrnn"]) == len(row["steps"]) for row in rows)  # of runs as short as this
 
 
 def test_bad_settings_are_refused() -> None:

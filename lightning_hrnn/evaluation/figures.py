@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lightning_hrnn.evaluation.baselines import BASELINES
 from lightning_hrnn.evaluation.plots import GREY, OTHERS, OURS
 from lightning_hrnn.evaluation.protocol import OURS as LEARNED
@@ -104,7 +102,8 @@ def _grid(count: int, title: str) -> tuple[Figure, Sequence[Axes]]:
 
 def _dress(axes: Axes, task: str) -> None:
     axes.set_title(task, fontsize=9, color=GREY)
-    if np.isfinite(axes.dataLim.minpos).all():  # else there is nothing to see: all runs failed at once
+    drawn = axes.dataLim
+    if math.isfinite(drawn.minposx) and math.isfinite(drawn.minposy):  # else all runs failed at once
         axes.set(xscale="log", yscale="log")
     axes.tick_params(labelsize=7)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)

@@ -64,7 +64,7 @@ class ValidationRun(NamedTuple):
 
     def scored(self) -> set[int]:
         """Return the steps at which losses are compared: eight, evenly apart on a log scale from a 16th of the run."""
-        return {round(self.steps * 2 ** (-4 * k / 7)) - 1 for k in range(8)}
+        return {max(1, round(self.steps * 2 ** (-4 * k / 7))) - 1 for k in range(8)}
 
     @torch.no_grad()
     def run(

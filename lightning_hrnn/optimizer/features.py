@@ -64,12 +64,13 @@ class Layout(NamedTuple):
             raise ValueError("An empty tensor has no mean: leave tensors of size 0 out of the layout.")
         counts = torch.tensor(sizes, device=device)
         model_index, params_in = torch.tensor(models, device=device, dtype=torch.int64), counts.to(dtype)
+        tensors_in = torch.bincount(model_index).to(dtype)
         return cls(
             tensor_of=torch.repeat_interleave(torch.arange(len(sizes), device=device), counts),
             model_of=model_index,
             params_in=params_in,
-            tensors_in=torch.bincount(model_index).to(dtype),
-            smallness=smallness(params_in, model_index),
+            tensors_in=tensors_in,
+            smallness=smallness(params_in, model_index, len(tensors_in)),
         )
 
     def mean_per_tensor(self, rows: Tensor) -> Tensor:
@@ -89,22 +90,23 @@ class Layout(NamedTuple):
         return rows.index_select(-1, self.model_of)
 
 
-def smallness(params_in: Tensor, model_of: Tensor) -> Tensor:
+def smallness(params_in: Tensor, model_of: Tensor, models: int) -> Tensor:
     """Say how few parameters each tensor and its model have, as natural logs from 0 upwards.
 
     Args:
         params_in: number of parameters of each tensor. [T]
         model_of: index of each tensor's model. [T]
+        models: number of models.
 
     Returns:
         A row for the tensor, a row for its model. [2, T]
 
     Example:
-        >>> smallness(torch.tensor([1e4, 1e3]), torch.tensor([0, 1])).exp()
+        >>> smallness(torch.tensor([1e4, 1e3]), torch.tensor([0, 1]), models=2).exp()
         tensor([[ 1., 10.],
                 [ 1., 10.]])
     """
-    in_model = _segment_sum(params_in, model_of, int(model_of.max()) + 1)[model_of]
+    in_model = _segment_sum(params_in, model_of, models)[model_of]
     return (MANY / torch.stack([params_in, in_model])).log().clamp(min=0.0)
 
 

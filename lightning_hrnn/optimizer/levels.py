@@ -127,7 +127,7 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> Layout:
         model_of=model_of,
         params_in=params_in,
         tensors_in=_counts((len(sizes),), device),
-        smallness=smallness(params_in, model_of),
+        smallness=smallness(params_in, model_of, models=1),
     )
 
 
