@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.pretrained import horizon
 from lightning_hrnn.progress import planned_steps
 
 REFUSED_STRATEGIES = {
@@ -40,12 +41,12 @@ def warn_of_length(trainer: Trainer, optimizers: Sequence[HRNN]) -> None:
     """Warn of a run many times as long as those that the weights were meta-trained on."""
     steps = planned_steps(trainer)
     for optimizer in optimizers:
-        horizon = optimizer.card.get("horizon")
-        if horizon and FAR * horizon < steps < math.inf:
+        longest = horizon(optimizer.card)
+        if FAR * longest < steps < math.inf:
             rank_zero_warn(
                 f"This fit plans {steps:,} steps, and the weights {optimizer.weights_name!r} were meta-trained on runs "
-                f"of at most {horizon:,}. Whether their learned rates are right so far out nobody has measured. Watch "
-                "hrnn/log_lr, or choose rate='given' and a schedule of your own."
+                f"of at most {longest:,.0f}. Whether their learned rates are right so far out nobody has measured. "
+                "Watch hrnn/log_lr, or choose rate='given' and a schedule of your own."
             )
             return
 

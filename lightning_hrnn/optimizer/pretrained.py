@@ -26,13 +26,7 @@ WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 CARD_KEYS = {"config": dict, "sha256": str}
 FIRST_RATE = 1e-3  # where a card says none
 POSITIVE_KEYS = ("initial_rate", "horizon")  # of a card, where it has them
-RESULT_KEYS = {
-    "net": str,
-    "regret": int | float,
-    "steps": list,
-    "hrnn": list,
-    "tuned_adam": list,
-}  # of a validation run
+RESULT_KEYS = {"net": str, "regret": int | float, **dict.fromkeys(("steps", "hrnn", "tuned_adam"), list)}
 
 
 class WeightsError(ValueError):
@@ -100,10 +94,7 @@ def read_card(weights: str | Path = DEFAULT_WEIGHTS) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path} is not a card ({_first_line(error)}).") from error
-    missing = [
-        key for key, kind in CARD_KEYS.items() if not isinstance(card, dict) or not isinstance(card.get(key), kind)
-    ]
-    if missing:
+    if missing := _missing(card, CARD_KEYS):
         raise WeightsError(f"{path} is not a card: it lacks {missing}, or what it has there is of another kind.")
     for key in POSITIVE_KEYS:
         value = card.get(key, 1)
@@ -117,13 +108,17 @@ def read_card(weights: str | Path = DEFAULT_WEIGHTS) -> dict[str, Any]:
     return card
 
 
+def _missing(value: Any, kinds: dict[str, Any]) -> list[str]:
+    """Return the keys that a value lacks, or has as something of another kind."""
+    return [key for key, kind in kinds.items() if not isinstance(value, dict) or not isinstance(value.get(key), kind)]
+
+
 def _are_results(evaluation: Any) -> bool:
     """Tell whether a value lists results of validation runs, whose losses were taken at the same steps."""
     if not isinstance(evaluation, list):
         return False
     return all(
-        isinstance(row, dict)
-        and all(isinstance(row.get(key), kind) for key, kind in RESULT_KEYS.items())
+        not _missing(row, RESULT_KEYS)
         and len(row["hrnn"]) == len(row["tuned_adam"]) == len(row["steps"]) == len(evaluation[0]["steps"])
         for row in evaluation
     )
@@ -134,6 +129,11 @@ def first_rate(rule: HierarchicalRNN) -> float:
     return float(rule.card.get("initial_rate", FIRST_RATE))
 
 
+def horizon(card: dict[str, Any]) -> float:
+    """Return the longest run, in steps, that weights were meta-trained on; infinite where their card does not say."""
+    return float(card.get("horizon", math.inf))
+
+
 def told_length(rule: HierarchicalRNN, steps: float) -> float:
     """Return the length of a run as a rule is told it: 0, unknown, of runs longer than any that it was meta-trained on.
 
@@ -141,10 +141,10 @@ def told_length(rule: HierarchicalRNN, steps: float) -> float:
     perceptron loses what it had learned (`docs/log.md`).
 
     Args:
-        rule: the update rule; the `horizon` of its card is the longest run it was meta-trained on, in steps.
+        rule: the update rule.
         steps: of the run; 0 where nobody knows.
     """
-    return steps if steps <= rule.card.get("horizon", math.inf) else 0.0
+    return steps if steps <= horizon(rule.card) else 0.0
 
 
 def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any]) -> Path:
