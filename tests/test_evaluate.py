@@ -28,7 +28,7 @@ from lightning_hrnn.meta.population import Population, TaskBatch
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, load_pretrained
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, load_pretrained, reconfigured
 from lightning_hrnn.tasks.base import TaskFamily
 from lightning_hrnn.tasks.functions import Quadratic
 from lightning_hrnn.vision import FashionMNISTData
@@ -298,7 +298,7 @@ def test_a_rule_that_reads_the_length_of_a_run_is_told_it_unless_it_is_unknown()
     setting = Setting("nets", steps=20, seeds=1)
     told, untold = (Trial(setting, "wide-relu-mlp", name).run(Learned(rule)) for name in (OURS, ANYTIME))
     assert all(rate > 1.5 * other for rate, other in zip(told.rates[-1], untold.rates[-1], strict=True))
-    rule.card = {"horizon": 19}  # a longer run it is not told of
+    rule = reconfigured(rule, replace(rule.config, drift_horizon=19.0))  # of longer runs it makes nothing
     beyond = Trial(setting, "wide-relu-mlp", OURS).run(Learned(rule))
     before_the_cooldown = sum(step <= 10 for step in untold.steps)
     assert beyond.rates[:before_the_cooldown] == untold.rates[:before_the_cooldown]

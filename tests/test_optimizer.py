@@ -246,11 +246,10 @@ def test_steps_of_a_run_of_known_length_shrink_where_the_rule_anneals() -> None:
     assert shares == pytest.approx([1.0, 0.75, 0.5, 0.25, 1.0, 1.0], rel=1e-3)  # then the run is another
 
 
-def test_the_length_of_a_run_beyond_the_horizon_of_the_weights_is_not_told() -> None:
-    rule = HierarchicalRNN(RuleConfig(anneals=True))
+def test_a_length_beyond_the_horizon_of_the_drift_is_not_read() -> None:
+    rule = HierarchicalRNN(RuleConfig(drift_inputs=("tensor", "length"), drift_horizon=4, slows=True))
     with torch.no_grad():
-        rule.rate.annealing.copy_(torch.tensor([[1.0], [0.0], [0.0]]))
-    rule.card = {"horizon": 4}
+        rule.rate.drift[-2:] = rule.rate.slowing_by_length[:] = 0.5
     ends = {}
     for length in (0, 4, 5):
         params = make_params()

@@ -44,7 +44,9 @@ RULES = {
         "default",
         {"slows": True, "peak_memory": 3, "drift_inputs": ("tensor", "length")},
     ),
+    "told a length beyond the horizon": ("default", {"drift_inputs": ("tensor", "length"), "drift_horizon": 2000}),
     "annealing": ("default", {"anneals": True}),
+    "settling": ("default", {"drift_settles": 2.0}),
     "without scaling": ("default", {"without": ("input_scaling", "output_scaling")}),
     "without levels": ("default", {"without": ("tensor_level", "global_level", "gradient_shortcut")}),
     "without the global level": ("paper", {"without": ("global_level", "gradient_shortcut")}),
@@ -98,7 +100,8 @@ class Equations:
 
     def __init__(self, rule, sizes, log_rates, length):
         self.length = length
-        self.told = np.array([1.0, math.log10(length / 1000)] if length else [0.0, 0.0])
+        read = 0 < length <= rule.config.drift_horizon
+        self.told = np.array([1.0, math.log10(length / 1000)] if read else [0.0, 0.0])
         self.w = {name: value.detach().numpy() for name, value in rule.named_parameters()}
         self.config = rule.config
         self.tensors = [
@@ -232,6 +235,7 @@ class Equations:
                 direction = math.tanh(w["rate.drift"][:, 0] @ seen + w["rate.drift_bias"][0])
                 rise = config.drift_rise if tensor["age"] < config.drift_horizon else 0.0
                 power = rise if direction > 0 else config.drift_fall
+                power /= 1 + (tensor["age"] / config.drift_settles) ** 2 if self.length > 0 else 1
                 tensor["l"] += power / (config.drift_delay + tensor["age"]) * direction
                 if tensor["age"] == 0 and config.first_inputs:
                     count = len(tensor["params"])
@@ -451,6 +455,24 @@ def test_steps_slow_down_with_the_gradient_and_peaks_fade():
     expected = [1.0, (0.01 * fades) ** 0.5, 0.1 * fades, 1.0, (1e-15 * fades / 4) ** 0.5]
     assert sizes == pytest.approx(expected, rel=1e-4)
     assert state.log_peak.item() == pytest.approx(math.log(4) - 0.1)
+
+
+def test_rates_of_a_run_of_known_length_settle():
+    rule = HierarchicalRNN(RuleConfig(drift_rise=2.0, drift_delay=7, drift_settles=10))
+    layout, changes = Layout.of([4, 4], model_of=[0, 1]), []
+    with torch.no_grad():
+        rule.rate.drift.zero_()
+        rule.rate.drift_bias.fill_(9.0)  # as fast up as the bounds allow
+        state = rule.init(layout, -20.0, run_length=torch.tensor([0.0, 300.0]))
+        for _ in range(300):
+            before = state.log_rate
+            state = rule(torch.ones(8), torch.ones(2), state, layout).state
+            changes.append(state.log_rate - before)
+    unknown, known = torch.stack(changes).unbind(1)
+    age = torch.arange(300.0)
+    torch.testing.assert_close(unknown, 2 / (7 + age), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(known, unknown / (1 + (age / 10) ** 2), rtol=1e-2, atol=1e-5)
+    assert known[50:].sum() < 0.05 < 3 < unknown[50:].sum()
 
 
 def test_past_the_horizon_a_rate_falls_but_does_not_rise():

@@ -26,7 +26,7 @@ from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.verdict import judge
 from lightning_hrnn.optimizer.kernels import choose_engine
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, horizon, load_pretrained
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, load_pretrained
 
 QUICK: dict[str, Any] = {"steps": 50, "seeds": 2, "tuning_seeds": 1, "tasks": 2}
 NOT_SHOWN = ("default_adam", "given", "beaten")
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> None:
     for task in tasks:
         setting.draw(task, "report", 1)  # says now if a data set is missing
     ready_folder(options.out)
-    version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}, horizon {horizon(rule.card):g}"
+    version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}"
     outcomes = compare(setting, tasks, version, options, console)
     records = [judge(setting, task, outcomes[task]) for task in tasks]
     report = EvaluationReport.of(

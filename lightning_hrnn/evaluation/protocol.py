@@ -27,7 +27,7 @@ from lightning_hrnn.evaluation.statistics import mean_log
 from lightning_hrnn.meta.population import Population, Progress, TaskBatch
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
-from lightning_hrnn.optimizer.pretrained import first_rate, told_length
+from lightning_hrnn.optimizer.pretrained import first_rate
 from lightning_hrnn.optimizer.schedule import cooldown
 from lightning_hrnn.tasks.corpus import get_corpus
 
@@ -191,7 +191,7 @@ class Trial:
         setting, rule = self.setting, learned.rule.to(self.setting.device)
         population = Population([setting.draw(self.task, "report", setting.seeds)])
         initial = population.losses(population.initial_params())
-        progress = begin(rule, population, math.log(first_rate(rule)), told_length(rule, self._known_length))
+        progress = begin(rule, population, math.log(first_rate(rule)), self._known_length)
         began, before, losses, rates = time.perf_counter(), 0, [], []
         for step in setting.scored():
             part = unroll(

@@ -20,6 +20,7 @@ POSITIVE = (
     "drift_fall",
     "drift_delay",
     "drift_horizon",
+    "drift_settles",
     "size_floor",
     "size_bound",
     "momentary_bound",
@@ -53,6 +54,8 @@ class RuleConfig:
         drift_delay: `"bounded"` only: steps before these power laws set in.
         drift_horizon: `"bounded"` only: steps after which a rate may fall but no longer rise; the length of the longest
             runs that the rule was meta-trained on is a safe choice.
+        drift_settles: `"bounded"` only: steps after which rates of a run of known length settle; where nobody knows the
+            length they keep drifting.
         first_inputs: `"bounded"` only: what a tensor's first rate depends on, each by a learned power: the tensor's
             size, counted in size floors (`"size"`), how few parameters it has (`"tensor_count"`), and how few the
             model has that move in its first step (`"model_count"`); nothing begins all tensors at one rate.
@@ -86,6 +89,7 @@ class RuleConfig:
     drift_fall: float = 0.5
     drift_delay: float = 20.0
     drift_horizon: float = 1e9
+    drift_settles: float = 1e9
     first_inputs: tuple[str, ...] = ()
     size_floor: float = 0.03
     size_bound: float = 1e9

@@ -43,7 +43,7 @@ LOG_RATE_RANGE = 33.0
 ANNEALING = (-0.3, 0.0, 0.2)  # that powers start from in meta-training: a constant, and for each of `COUNTS`
 MAX_ANNEALING = 2.0
 COUNTS = ("tensor_count", "model_count")  # the rows of `Layout.smallness`
-LENGTH_INPUTS = 2  # see `length_inputs`
+LENGTH_INPUTS = 2  # see `BoundedRate.length_inputs`
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
 
@@ -186,7 +186,8 @@ class BoundedRate(nn.Module):
     with `s` what `drift_inputs` names, `n` the number of steps taken, `d` the delay, and `p` one power where the rate
     rises and another where it falls. The bounds up to step `n` add up to `p log(1 + n/d)`: a rate rises or falls at
     most like a power of time, a schedule that is safe at any age, and never outgrows its tensor. After
-    `drift_horizon` steps, of which the rule may know nothing, a rate no longer rises.
+    `drift_horizon` steps, of which the rule may know nothing, a rate no longer rises. Where the length of a run is known,
+    so that rates cool down at its end, the bound is divided by `1 + (n / drift_settles)**2`: a rate once found is kept.
 
     A first rate is that of a tensor of zeros in a large model; after the first step it is multiplied by learned powers
     of what `first_inputs` names: larger parameters bear larger steps, and so do small problems.
@@ -203,7 +204,7 @@ class BoundedRate(nn.Module):
     def __init__(self, config: RuleConfig, inputs: int) -> None:
         super().__init__()
         self.rise, self.fall, self.delay = config.drift_rise, config.drift_fall, config.drift_delay
-        self.horizon = config.drift_horizon
+        self.horizon, self.settles = config.drift_horizon, config.drift_settles
         self.floor, self.size_bound = config.size_floor, config.size_bound
         self.first_inputs, self.slows, self.peak_memory = config.first_inputs, config.slows, config.peak_memory
         self.slows_by_length = config.slows_by_length
@@ -238,6 +239,7 @@ class BoundedRate(nn.Module):
         log_size = 0.5 * (param_rms.detach().square() + self.floor**2).log()
         direction = torch.tanh((self.drift * seen).sum(0) + self.drift_bias)
         power = torch.where(direction > 0, self.rise * (state.age < self.horizon).to(direction.dtype), self.fall)
+        power = power / (1 + (state.run_length > 0) * (state.age / self.settles).square())
         log_rate = state.log_rate + power / (self.delay + state.age) * direction
         if self.first_inputs:
             first = (self.first * self._first_inputs(log_size, layout)).sum(0)
@@ -263,6 +265,14 @@ class BoundedRate(nn.Module):
         log_peak = torch.maximum(log_peak - 1 / self.peak_memory, log_rms)
         return log_peak, log_rms - log_peak
 
+    def length_inputs(self, run_length: Tensor) -> Tensor:  # [T] -> [2, T]
+        """Say whether the length of a run is known, and if so its order of magnitude, 0 at a thousand steps.
+
+        A length beyond `drift_horizon` is as good as unknown: of such runs the rule may know nothing.
+        """
+        known = ((run_length > 0) & (run_length <= self.horizon)).to(run_length.dtype)
+        return torch.stack([known, known * (run_length.clamp(min=1.0) / 1000).log10()])
+
     def slowed(self, below: Tensor, run_length: Tensor) -> Tensor:
         """Return what steps are multiplied by. [T]
 
@@ -274,7 +284,7 @@ class BoundedRate(nn.Module):
         """
         if not self.slows:
             return torch.ones_like(below)
-        by_length = (self.slowing_by_length * length_inputs(run_length)).sum(0) if self.slows_by_length else 0.0
+        by_length = (self.slowing_by_length * self.length_inputs(run_length)).sum(0) if self.slows_by_length else 0.0
         return (_clipped(self.slowing + by_length, 1.0) * below).exp()
 
     def annealed(self, state: RuleState, layout: Layout) -> Tensor:
@@ -552,7 +562,7 @@ class HierarchicalRNN(nn.Module):
         if isinstance(self.rate, BoundedRate):
             seen = {"tensor": tensor_hidden, "means": x, "global": layout.to_tensors(state.global_hidden)}
             if "length" in self.config.drift_inputs:
-                seen["length"] = length_inputs(state.run_length)
+                seen["length"] = self.rate.length_inputs(state.run_length)
             if below is not None:
                 seen["peak"] = below[None]
             inputs = torch.cat([seen[name] for name in self.config.drift_inputs]).clamp(-INPUT_RANGE, INPUT_RANGE)
@@ -568,12 +578,6 @@ class HierarchicalRNN(nn.Module):
             log_peak=state.log_peak,
             run_length=state.run_length,
         )
-
-
-def length_inputs(run_length: Tensor) -> Tensor:  # [T] -> [2, T]
-    """Say whether the length of a run is known, and if so its order of magnitude, 0 at a thousand steps."""
-    known = (run_length > 0).to(run_length.dtype)
-    return torch.stack([known, known * (run_length.clamp(min=1.0) / 1000).log10()])
 
 
 def progress(state: RuleState) -> Tensor:  # -> [T]

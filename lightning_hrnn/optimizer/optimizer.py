@@ -37,7 +37,7 @@ from lightning_hrnn.optimizer.levels import (
     tensor_log_rates,
     upper_state,
 )
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, load_pretrained, told_length
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, load_pretrained
 from lightning_hrnn.optimizer.sharding import Ranks, is_sharded, local, local_grad
 from lightning_hrnn.optimizer.state import LOOKAHEAD, NOTE, STATE_DTYPES, initial_state, loaded_state, note_of
 
@@ -69,7 +69,7 @@ class HRNN(Optimizer):
         cooldown: a second multiplier, of all groups, for who knows how far the run has come; see
             `optimizer.schedule.cooldown`. 1 unless set.
         run_length: steps of the run, for who knows it and lets `cooldown` fall to 0 at its end; weights may read it,
-            as `hrnn-v4` does, up to the horizon on their card. 0, unknown, unless set. Like `cooldown` it is no part of
+            as `hrnn-v5` does. 0, unknown, unless set. Like `cooldown` it is no part of
             the state dict.
 
     Raises:
@@ -297,7 +297,7 @@ class HRNN(Optimizer):
         rule = self._rule_on(params[0].device)
         kernel = self._kernel_on(params[0].device.type)
         states, layout = [self.state[param] for param in params], tensor_layout(params)
-        before = upper_state(states, rule, self._ranks, told_length(rule, self.run_length))
+        before = upper_state(states, rule, self._ranks, self.run_length)
         above, totals = from_above(rule, before, layout)._replace(proceed=proceed), Totals(rule, work, before, layout)
         for parts in passes(work, together=self._ranks.several):
             pending = []

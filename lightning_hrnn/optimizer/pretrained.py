@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
 
-DEFAULT_WEIGHTS = "hrnn-v4"
+DEFAULT_WEIGHTS = "hrnn-v5"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 CARD_KEYS = {"config": dict, "sha256": str}
 FIRST_RATE = 1e-3  # where a card says none
@@ -54,7 +54,7 @@ def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
 
     Example:
         >>> load_pretrained().card["name"]
-        'hrnn-v4'
+        'hrnn-v5'
     """
     path = _find(weights)
     card = read_card(path)
@@ -132,19 +132,6 @@ def first_rate(rule: HierarchicalRNN) -> float:
 def horizon(card: dict[str, Any]) -> float:
     """Return the longest run, in steps, that weights were meta-trained on; infinite where their card does not say."""
     return float(card.get("horizon", math.inf))
-
-
-def told_length(rule: HierarchicalRNN, steps: float) -> float:
-    """Return the length of a run as a rule is told it: 0, unknown, of runs longer than any that it was meta-trained on.
-
-    What it makes of a length that it never heard of nobody chose: `hrnn-v4` keeps rates up so long that a deep
-    perceptron loses what it had learned (`docs/log.md`).
-
-    Args:
-        rule: the update rule.
-        steps: of the run; 0 where nobody knows.
-    """
-    return steps if steps <= horizon(rule.card) else 0.0
 
 
 def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any]) -> Path:
