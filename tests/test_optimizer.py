@@ -246,6 +246,30 @@ def test_steps_of_a_run_of_known_length_shrink_where_the_rule_anneals() -> None:
     assert shares == pytest.approx([1.0, 0.75, 0.5, 0.25, 1.0, 1.0], rel=1e-3)  # then the run is another
 
 
+def test_steps_of_a_run_of_known_length_grow_where_the_rule_warms_up() -> None:
+    rule, sizes = HierarchicalRNN(RuleConfig(warm_up=0.5)), {}
+    for length in (0.0, 16.0, 2.0):
+        params = make_params(shapes=[(9, 10), (10,)])  # a hundred parameters, so over half of that share
+        optimizer = HRNN(params, weights=rule)
+        optimizer.run_length = length
+        before = flat(params)
+        run(optimizer, params, range(1))
+        sizes[length] = float((flat(params) - before).norm())
+    assert sizes[16.0] / sizes[0.0] == pytest.approx(0.25, rel=1e-3)  # the first of four steps
+    assert sizes[2.0] == sizes[0.0]  # too short a run for one
+
+
+def test_small_models_warm_up_faster() -> None:
+    rule = HierarchicalRNN(RuleConfig(warm_up=0.25))
+    layout = Layout.of([20_000, 100, 1], model_of=[0, 1, 2])
+    paces = []
+    for age in (0.0, 1.0, 3.0, 7.0, 100.0):
+        state = rule.init(layout, 0.0, 32.0)
+        paces.append(rule.rate.paced(state._replace(age=torch.full_like(state.age, age)), layout).tolist())
+    expected = [[1 / 8, 1 / 4, 1.0], [1 / 4, 1 / 2, 1.0], [1 / 2, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    torch.testing.assert_close(torch.tensor(paces), torch.tensor(expected))
+
+
 def test_a_length_beyond_the_horizon_of_the_drift_is_not_read() -> None:
     rule = HierarchicalRNN(RuleConfig(drift_inputs=("tensor", "length"), drift_horizon=4, slows=True))
     with torch.no_grad():

@@ -251,7 +251,15 @@ def test_a_folder_is_no_card(saved: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("param_hidden", 10.5), ("drift_rise", "2"), ("drift_rise", None), ("slows", None), ("anneals", "yes")],
+    [
+        ("param_hidden", 10.5),
+        ("drift_rise", "2"),
+        ("drift_rise", None),
+        ("slows", None),
+        ("anneals", "yes"),
+        ("warm_up", "5 %"),
+        ("warm_up", 1.0),
+    ],
 )
 def test_fields_of_another_kind_are_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field} must be .*, not {value!r}"):

@@ -68,6 +68,8 @@ class RuleConfig:
             the run too, if `drift_inputs` names it.
         anneals: `"bounded"` only: whether steps of a run of known length are multiplied by a learned power of the share
             of it that is left. That power depends on how few parameters a tensor and the model have.
+        warm_up: `"bounded"` only: share of a run of known length over which steps grow to their full length; less for
+            models of less than ten thousand parameters, in proportion to the log of their number.
         peak_memory: steps in which that largest one fades to 1/e.
 
     Raises:
@@ -96,6 +98,7 @@ class RuleConfig:
     momentary_bound: float = 2.0
     slows: bool = False
     anneals: bool = False
+    warm_up: float = 0.0
     peak_memory: float = 600.0
 
     def __post_init__(self) -> None:
@@ -124,10 +127,12 @@ class RuleConfig:
                 raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise ValueError(f"{field} names one thing twice: {list(getattr(self, field))}.")
-        if self.rate != "bounded" and (self.slows or self.anneals or self.first_inputs):
-            raise ValueError(
-                "Only 'bounded' rates slow down, anneal or begin differently: leave out slows, anneals, first_inputs."
-            )
+        if not isinstance(share := self.warm_up, int | float) or not 0 <= share < 1:
+            raise ValueError(f"warm_up must be a share of a run, from 0 to less than 1, not {share!r}.")
+        object.__setattr__(self, "warm_up", float(share))
+        own = [field for field in ("slows", "anneals", "warm_up", "first_inputs") if getattr(self, field)]
+        if self.rate != "bounded" and own:
+            raise ValueError(f"Only 'bounded' rates slow down, anneal, warm up or begin differently: leave out {own}.")
         if self.drift_inputs[:1] != ("tensor",):
             raise ValueError("The drift of a rate needs the input 'tensor' first.")
         if self.readouts[:1] != ("direction",) or not self.features:

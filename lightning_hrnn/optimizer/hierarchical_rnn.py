@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.features import (
     GRAD_LIMIT,
+    MANY,
     Inputs,
     Layout,
     Moments,
@@ -186,8 +187,8 @@ class BoundedRate(nn.Module):
     with `s` what `drift_inputs` names, `n` the number of steps taken, `d` the delay, and `p` one power where the rate
     rises and another where it falls. The bounds up to step `n` add up to `p log(1 + n/d)`: a rate rises or falls at
     most like a power of time, a schedule that is safe at any age, and never outgrows its tensor. After
-    `drift_horizon` steps, of which the rule may know nothing, a rate no longer rises. Where the length of a run is known,
-    so that rates cool down at its end, the bound is divided by `1 + (n / drift_settles)**2`: a rate once found is kept.
+    `drift_horizon` steps, of which the rule may know nothing, a rate no longer rises. Where the length of a run is
+    known, so that rates cool down at its end, the bound is divided by `1 + (n / drift_settles)**2`: rates settle.
 
     A first rate is that of a tensor of zeros in a large model; after the first step it is multiplied by learned powers
     of what `first_inputs` names: larger parameters bear larger steps, and so do small problems.
@@ -197,8 +198,11 @@ class BoundedRate(nn.Module):
     their rate however small the gradient has become; on smooth losses that is a walk to and fro around the minimum.
     Where `drift_inputs` names `length`, `k` depends on it as well: who will be cooled down need not slow down.
 
-    Where the rule `anneals`, and knows how long a run is, a step is multiplied by `(1 - progress) ** q`: `progress` is
-    the share of the run that is over, and `q`, from 0 to 2, is read from how few parameters tensor and model have.
+    Where it is known how long a run is, a step is multiplied by its pace, a function of the share of the run that is
+    over. Over the first `warm_up` of it, less the fewer parameters the model has, it rises along a line: the first
+    gradients do not say which rates a network can bear, and ReLUs that long steps switch off do not come back. Where
+    the rule `anneals` it falls like `(1 - progress) ** q`; `q`, from 0 to 2, is read from how few parameters tensor and
+    model have.
     """
 
     def __init__(self, config: RuleConfig, inputs: int) -> None:
@@ -207,6 +211,7 @@ class BoundedRate(nn.Module):
         self.horizon, self.settles = config.drift_horizon, config.drift_settles
         self.floor, self.size_bound = config.size_floor, config.size_bound
         self.first_inputs, self.slows, self.peak_memory = config.first_inputs, config.slows, config.peak_memory
+        self.anneals, self.warm_up = config.anneals, config.warm_up
         self.slows_by_length = config.slows_by_length
         self.bound = config.momentary_bound
         self.momentary = nn.Parameter(torch.zeros(1, config.param_hidden))
@@ -287,17 +292,23 @@ class BoundedRate(nn.Module):
         by_length = (self.slowing_by_length * self.length_inputs(run_length)).sum(0) if self.slows_by_length else 0.0
         return (_clipped(self.slowing + by_length, 1.0) * below).exp()
 
-    def annealed(self, state: RuleState, layout: Layout) -> Tensor:
-        """Return what steps are multiplied by as a run of known length goes on. [T]
+    def paced(self, state: RuleState, layout: Layout) -> Tensor:
+        """Return what steps are multiplied by as a run of known length goes on, 1 in any other. [T]
 
         The clip of the power passes gradients straight through.
         """
-        power = _clipped(self.annealing[0] + (self.annealing[1:] * layout.smallness).sum(0), MAX_ANNEALING)
-        return (1 - progress(state)) ** power
+        pace = torch.ones_like(state.age)
+        if self.warm_up:
+            share = self.warm_up * (1 - layout.smallness[1] / math.log(MANY))
+            pace = ((state.age + 1) / (share * state.run_length).clamp(min=1.0)).clamp(max=1.0)
+        if self.anneals:
+            power = _clipped(self.annealing[0] + (self.annealing[1:] * layout.smallness).sum(0), MAX_ANNEALING)
+            pace = pace * (1 - progress(state)) ** power
+        return pace
 
     def stand_still(self) -> None:
         """Leave log rates where they are put, and let no parameter depart from them."""
-        self.size_bound = math.inf
+        self.size_bound, self.warm_up = math.inf, 0.0
         for value in self.parameters():
             value.zero_()
 
@@ -419,9 +430,10 @@ class HierarchicalRNN(nn.Module):
         return self.rate if isinstance(self.rate, BoundedRate) and asks else None
 
     @property
-    def annealing_rate(self) -> BoundedRate | None:
-        """The rate, if steps shrink as a run of known length goes on."""
-        return self.rate if isinstance(self.rate, BoundedRate) and self.config.anneals else None
+    def pacing_rate(self) -> BoundedRate | None:
+        """The rate, if steps grow and shrink as a run of known length goes on."""
+        paces = self.config.anneals or self.config.warm_up > 0
+        return self.rate if isinstance(self.rate, BoundedRate) and paces else None
 
     def init(self, layout: Layout, log_rate: Tensor | float, run_length: Tensor | float = 0.0) -> RuleState:
         """Return the state before the first step.
@@ -475,8 +487,8 @@ class HierarchicalRNN(nn.Module):
             log_peak, below = rate_by_peak.peak(mean_square, state.log_peak)
             state = state._replace(log_peak=log_peak)
             rates = rates * layout.to_params(rate_by_peak.slowed(below, state.run_length))
-        if (annealing_rate := self.annealing_rate) is not None:
-            rates = rates * layout.to_params(annealing_rate.annealed(state, layout))
+        if (pacing_rate := self.pacing_rate) is not None:
+            rates = rates * layout.to_params(pacing_rate.paced(state, layout))
         steps = param.steps * rates  # [R, P]
         return RuleOutput(
             update=steps[0],

@@ -65,10 +65,10 @@ class Totals:
         return None if rate is None else rate.peak(self.values[-2] / self.count, self.before.log_peak)
 
     @cached_property
-    def annealed(self) -> Tensor | None:
-        """What `BoundedRate.annealed` returns for all tensors, if the rule asks."""
-        rate = self.rule.annealing_rate
-        return None if rate is None else rate.annealed(self.before, self.layout)
+    def paced(self) -> Tensor | None:
+        """What `BoundedRate.paced` returns for all tensors, if the rule asks."""
+        rate = self.rule.pacing_rate
+        return None if rate is None else rate.paced(self.before, self.layout)
 
     def scales(self, part: slice) -> Tensor:
         """Return what directions are multiplied by, before their rate. [R, T of the part]"""
@@ -78,8 +78,8 @@ class Totals:
             scales = (squares / self.count[part] + RMS_FLOOR).rsqrt()
         if (rate := self.rule.rate_by_peak) is not None and (peaks := self.peaks) is not None:
             scales = scales * rate.slowed(peaks[1][part], self.before.run_length[part])
-        if self.annealed is not None:
-            scales = scales * self.annealed[part]
+        if self.paced is not None:
+            scales = scales * self.paced[part]
         if len(scales) > 1:
             scales = torch.stack([scales[0], scales[1] * self.rule.reach])
         return scales
