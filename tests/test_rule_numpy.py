@@ -46,6 +46,7 @@ RULES = {
     ),
     "told a length beyond the horizon": ("default", {"drift_inputs": ("tensor", "length"), "drift_horizon": 2000}),
     "annealing": ("default", {"anneals": True}),
+    "warming up until rates settle": ("default", {"warm_up": 0.1, "drift_settles": 4.5}),
     "warming up": ("default", {"warm_up": 0.1}),
     "settling": ("default", {"drift_settles": 2.0}),
     "without scaling": ("default", {"without": ("input_scaling", "output_scaling")}),
@@ -208,7 +209,8 @@ class Equations:
             if self.config.warm_up and self.length:
                 of_model = sum(len(other["params"]) for other in self.tensors)
                 last = self.config.warm_up * math.log(of_model) / math.log(1e4) * self.length
-                rates = [rate * min(1.0, (tensor["age"] + 1) / max(last, 1.0)) for rate in rates]
+                last = max(1.0, min(last, self.config.drift_settles))
+                rates = [rate * min(1.0, (tensor["age"] + 1) / last) for rate in rates]
             if self.config.anneals and self.length:
                 of_model = sum(len(other["params"]) for other in self.tensors)
                 power = w["rate.annealing"][:, 0] @ [1.0, math.log(1e4 / count), math.log(1e4 / of_model)]

@@ -69,7 +69,8 @@ class RuleConfig:
         anneals: `"bounded"` only: whether steps of a run of known length are multiplied by a learned power of the share
             of it that is left. That power depends on how few parameters a tensor and the model have.
         warm_up: `"bounded"` only: share of a run of known length over which steps grow to their full length; less for
-            models of less than ten thousand parameters, in proportion to the log of their number.
+            models of less than ten thousand parameters, in proportion to the log of their number, and `drift_settles`
+            steps at most: rates that settle during a warm-up are too high after it.
         peak_memory: steps in which that largest one fades to 1/e.
 
     Raises:

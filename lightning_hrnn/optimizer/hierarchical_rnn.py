@@ -199,10 +199,10 @@ class BoundedRate(nn.Module):
     Where `drift_inputs` names `length`, `k` depends on it as well: who will be cooled down need not slow down.
 
     Where it is known how long a run is, a step is multiplied by its pace, a function of the share of the run that is
-    over. Over the first `warm_up` of it, less the fewer parameters the model has, it rises along a line: the first
-    gradients do not say which rates a network can bear, and ReLUs that long steps switch off do not come back. Where
-    the rule `anneals` it falls like `(1 - progress) ** q`; `q`, from 0 to 2, is read from how few parameters tensor and
-    model have.
+    over. Over the first `warm_up` of it, less the fewer parameters the model has and not longer than rates take to
+    settle, it rises along a line: the first gradients do not say which rates a network can bear, and ReLUs that long
+    steps switch off do not come back. Where the rule `anneals` it falls like `(1 - progress) ** q`; `q`, from 0 to 2,
+    is read from how few parameters tensor and model have.
     """
 
     def __init__(self, config: RuleConfig, inputs: int) -> None:
@@ -300,7 +300,7 @@ class BoundedRate(nn.Module):
         pace = torch.ones_like(state.age)
         if self.warm_up:
             share = self.warm_up * (1 - layout.smallness[1] / math.log(MANY))
-            pace = ((state.age + 1) / (share * state.run_length).clamp(min=1.0)).clamp(max=1.0)
+            pace = ((state.age + 1) / (share * state.run_length).clamp(1.0, max(1.0, self.settles))).clamp(max=1.0)
         if self.anneals:
             power = _clipped(self.annealing[0] + (self.annealing[1:] * layout.smallness).sum(0), MAX_ANNEALING)
             pace = pace * (1 - progress(state)) ** power
