@@ -46,8 +46,8 @@ def make_rule(name: str) -> HierarchicalRNN:
         with torch.no_grad():  # the rates of a new rule stand still; let every part of this one matter
             for value in rule.rate.parameters():
                 value += 0.3 * torch.randn_like(value)
-            if rule.annealing_rate is not None:
-                rule.annealing_rate.annealing.abs_()  # a power below zero would be none
+            if rule.config.anneals:
+                rule.rate.annealing.abs_()  # a power below zero would be none
     return rule
 
 

@@ -55,8 +55,8 @@ def make_rule(name="default"):
     with torch.no_grad():  # the rates of a new rule stand still
         for value in rule.rate.parameters():
             value += 0.3 * torch.randn_like(value)
-        if rule.annealing_rate is not None:
-            rule.annealing_rate.annealing.abs_()  # a power below zero would be none
+        if rule.config.anneals:
+            rule.rate.annealing.abs_()  # a power below zero would be none
     return rule
 
 

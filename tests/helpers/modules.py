@@ -21,6 +21,8 @@ EVERY_PART = RuleConfig(  # of a rule with bounded rates
     drift_inputs=("tensor", "peak", "length"),
     first_inputs=("size", "model_count"),
     anneals=True,
+    warm_up=0.5,
+    drift_settles=10.0,
 )
 
 
