@@ -128,7 +128,8 @@ class RuleConfig:
                 raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise ValueError(f"{field} names one thing twice: {list(getattr(self, field))}.")
-        if not isinstance(share := self.warm_up, int | float) or not 0 <= share < 1:
+        share: object = self.warm_up  # a card may hold anything
+        if not isinstance(share, int | float) or not 0 <= share < 1:
             raise ValueError(f"warm_up must be a share of a run, from 0 to less than 1, not {share!r}.")
         object.__setattr__(self, "warm_up", float(share))
         own = [field for field in ("slows", "anneals", "warm_up", "first_inputs") if getattr(self, field)]
