@@ -81,6 +81,8 @@ RULES = {
     "direction": {},
     "attention": {"readouts": ("direction", "attention")},
     "unscaled": {"readouts": ("direction", "attention"), "without": ("output_scaling",)},
+    "long scale": {"scale_memory": 7.0},
+    "long scale and attention": {"scale_memory": 7.0, "readouts": ("direction", "attention")},
 }
 
 
@@ -118,7 +120,7 @@ def test_param_level_gradients_of_inputs(changes):
     leaves = {
         "hidden": torch.randn(10, count, dtype=torch.float64),
         "average": torch.randn(4, count, dtype=torch.float64),
-        "square": torch.rand(4, count, dtype=torch.float64),
+        "square": torch.rand(rule.config.squares, count, dtype=torch.float64),
         "log_rate": torch.randn(tensors, dtype=torch.float64),
     }
     leaves = {name: value.requires_grad_() for name, value in leaves.items()}
@@ -229,7 +231,7 @@ def test_without_a_compiler_the_rule_runs_by_itself(no_compiler):
     assert torch.equal(cpp.param_level(rule, *arguments).steps, rule.param_level(*arguments).steps)
     assert "compiler" in available_kernels()["cpp"]
     with pytest.raises(build.BuildError, match="install g"):
-        build.operators(10, 4)
+        build.operators(RuleConfig())
 
 
 def test_a_failed_build_is_reported_and_not_repeated(monkeypatch, caplog):
@@ -245,7 +247,7 @@ def test_a_failed_build_is_reported_and_not_repeated(monkeypatch, caplog):
     build.compiled.cache_clear()
     for _ in range(2):
         with pytest.raises(build.BuildError, match="Building it failed"):
-            build.operators(10, 4)
+            build.operators(RuleConfig())
     assert len(calls) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "Compiled kernels cannot be had, and torch operations run instead, much slower. "
@@ -262,7 +264,7 @@ def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path):
     build.compiled.cache_clear()
     for _ in range(2):
         with pytest.raises(build.BuildError, match=r"CalledProcessError: Command .*'false'"):
-            build.operators(10, 4)
+            build.operators(RuleConfig())
     build.compiled.cache_clear()
 
 
@@ -272,7 +274,7 @@ def test_a_cache_that_cannot_be_made_says_how_to_name_another(monkeypatch, tmp_p
     monkeypatch.setattr(build, "_failures", {})
     build.compiled.cache_clear()
     with pytest.raises(build.BuildError, match=r"NotADirectoryError.* Name a folder for it in TORCH_EXTENSIONS_DIR"):
-        build.operators(10, 4)
+        build.operators(RuleConfig())
     build.compiled.cache_clear()
 
 
@@ -443,7 +445,7 @@ def test_a_lock_left_behind_does_not_block_and_a_library_is_built_once(tmp_path,
     monkeypatch.setattr(build, "_extension_loader", lambda: loader)
     monkeypatch.setattr(build.torch.ops, "load_library", loaded.append)
     for _ in range(2):
-        build._load(build.rule_library(10, 4))
+        build._load(build.rule_library(RuleConfig()))
     assert loader.builds == 1
     assert [Path(path).suffix for path in loaded] == [".so"]
 
@@ -455,10 +457,10 @@ def test_a_library_is_loaded_from_a_folder_that_can_only_be_read(tmp_path, monke
         raise PermissionError(path)
 
     monkeypatch.setattr(build, "_extension_loader", lambda: loader)
-    build._load(build.rule_library(10, 4))
+    build._load(build.rule_library(RuleConfig()))
     monkeypatch.setattr(build.torch.ops, "load_library", loaded.append)
     monkeypatch.setattr(build, "_alone", refuse)
-    build._load(build.rule_library(10, 4))
+    build._load(build.rule_library(RuleConfig()))
     assert len(loaded) == loader.builds == 1
 
 
@@ -466,24 +468,24 @@ def test_a_build_that_died_is_done_again(tmp_path, monkeypatch):
     """A library without its mark may be half written; one that cannot be loaded is damaged."""
     loader = FakeLoader(tmp_path)
     monkeypatch.setattr(build, "_extension_loader", lambda: loader)
-    build._load(build.rule_library(10, 4))
+    build._load(build.rule_library(RuleConfig()))
     (tmp_path / "done").unlink()
-    build._load(build.rule_library(10, 4))
+    build._load(build.rule_library(RuleConfig()))
     assert loader.builds == 2
 
     (library,) = tmp_path.glob("*.so")
     monkeypatch.setattr(build.torch.ops, "load_library", lambda path: None)
-    build._load(build.rule_library(10, 4))
+    build._load(build.rule_library(RuleConfig()))
     assert loader.builds == 2
     library.write_bytes(library.read_bytes()[:-1])  # cut short: loading it might kill the process
-    build._load(build.rule_library(10, 4))
+    build._load(build.rule_library(RuleConfig()))
     assert loader.builds == 3
 
     def refuse(path):
         raise OSError(f"{path}: file too short")
 
     monkeypatch.setattr(build.torch.ops, "load_library", refuse)
-    build._load(build.rule_library(10, 4))
+    build._load(build.rule_library(RuleConfig()))
     assert loader.builds == 4
     assert (tmp_path / "done").exists()
 
@@ -498,5 +500,5 @@ def test_instruction_sets_have_libraries_of_their_own(tmp_path, monkeypatch):
     for capability in ("AVX512", "AVX2", "DEFAULT"):
         monkeypatch.setattr(build.torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
         (tmp_path / "done").unlink(missing_ok=True)
-        build._load(build.rule_library(10, 4))
+        build._load(build.rule_library(RuleConfig()))
     assert len(set(names)) == 3

@@ -68,6 +68,9 @@ class RuleConfig:
             the run too, if `drift_inputs` names it.
         anneals: `"bounded"` only: whether steps of a run of known length are multiplied by a learned power of the share
             of it that is left. That power depends on how few parameters a tensor and the model have.
+        scale_memory: steps over which the squares of a parameter's gradient average, by a learned power of which its
+            direction is scaled; 0 does without, and all depends on the short averages that the param RNN sees. A long
+            memory is what makes many small steps follow the mean of a skewed gradient, not its median.
         warm_up: `"bounded"` only: share of a run of known length over which steps grow to their full length; less for
             models of less than ten thousand parameters, in proportion to the log of their number, and `drift_settles`
             steps at most: rates that settle during a warm-up are too high after it.
@@ -100,6 +103,7 @@ class RuleConfig:
     slows: bool = False
     anneals: bool = False
     warm_up: float = 0.0
+    scale_memory: float = 0.0
     peak_memory: float = 600.0
 
     def __post_init__(self) -> None:
@@ -132,6 +136,10 @@ class RuleConfig:
         if not isinstance(share, int | float) or not 0 <= share < 1:
             raise ValueError(f"warm_up must be a share of a run, from 0 to less than 1, not {share!r}.")
         object.__setattr__(self, "warm_up", float(share))
+        memory: object = self.scale_memory
+        if not isinstance(memory, int | float) or not (memory == 0 or 1 <= memory < math.inf):
+            raise ValueError(f"scale_memory must be a number of steps, 1 or more, or 0 for none, not {memory!r}.")
+        object.__setattr__(self, "scale_memory", float(memory))
         own = [field for field in ("slows", "anneals", "warm_up", "first_inputs") if getattr(self, field)]
         if self.rate != "bounded" and own:
             raise ValueError(f"Only 'bounded' rates slow down, anneal, warm up or begin differently: leave out {own}.")
@@ -142,6 +150,11 @@ class RuleConfig:
         for field, choices in (("direction", DIRECTIONS), ("rate", RATES)):
             if getattr(self, field) not in choices:
                 raise ValueError(f"Unknown {field} {getattr(self, field)!r}: choose from {list(choices)}.")
+
+    @property
+    def squares(self) -> int:
+        """Count the averages of squared gradients."""
+        return self.timescales + (self.scale_memory > 0)
 
     @property
     def slows_by_length(self) -> bool:

@@ -118,11 +118,18 @@ GRAD_LIMIT = 1e15
 """Gradients are clipped to this size, so that their squares are finite in single precision."""
 
 
+class LongScale(NamedTuple):
+    """Hold how directions are scaled by what the size of each parameter's gradient has long been."""
+
+    decay: Tensor  # [T] of the long average of squares, 0 at a tensor's first step; [P] where it is told to parameters
+    power: Tensor  # [T] or [P], from 0, by the present size alone, to 1, by the long average alone
+
+
 class Moments(NamedTuple):
     """Hold the moving averages of one step."""
 
     average: Tensor  # [S, P] of the gradient, fastest timescale first
-    square: Tensor  # [S, P] of the squared averages
+    square: Tensor  # [S, P] of the squared averages; [S + 1, P] where the fastest one's is averaged for long besides
 
 
 def update_moments(
@@ -131,6 +138,7 @@ def update_moments(
     input_decay: Tensor,  # [P]
     scale_decay: Tensor,  # [P]
     remembers: Tensor,  # [P] 0 at a tensor's first step, where all decays are 0, else 1
+    long_decay: Tensor | None = None,  # [P] of the long average, if there is one; 0 at a tensor's first step
 ) -> Moments:
     r"""Average the gradient over `S` timescales, and the square of each average over one.
 
@@ -139,13 +147,20 @@ def update_moments(
 
         m_s <- b_s m_s + (1 - b_s) g            b_s = b_in ** (1 / 2**s)
         v_s <- b_sc v_s + (1 - b_sc) (m_s**2 + floor)
+
+    One further row of squares, where there is one, is a long average of the first::
+
+        V <- b_long V + (1 - b_long) v_0
     """
     grad = grad.clamp(-GRAD_LIMIT, GRAD_LIMIT)
-    exponents = 0.5 ** torch.arange(len(moments.average), device=grad.device, dtype=grad.dtype)
+    scales = len(moments.average)
+    exponents = 0.5 ** torch.arange(scales, device=grad.device, dtype=grad.dtype)
     decays = remembers * input_decay ** exponents[:, None]  # [S, P]
     scale_decay = remembers * scale_decay
     average = decays * moments.average + (1 - decays) * grad
-    square = scale_decay * moments.square + (1 - scale_decay) * (average.square() + SQUARE_FLOOR)
+    square = scale_decay * moments.square[:scales] + (1 - scale_decay) * (average.square() + SQUARE_FLOOR)
+    if long_decay is not None:
+        square = torch.cat([square, long_decay * moments.square[scales:] + (1 - long_decay) * square[:1]])
     return Moments(average, square)
 
 
@@ -154,7 +169,13 @@ def scaled_gradient(moments: Moments, divide: bool = True) -> Tensor:
 
     Invariant to the scale of the gradient (section 3.2.3), unless an ablation does not divide.
     """
-    return torch.asinh(moments.average / moments.square.sqrt() if divide else moments.average)
+    square = moments.square[: len(moments.average)]
+    return torch.asinh(moments.average / square.sqrt() if divide else moments.average)
+
+
+def present_size(moments: Moments) -> Tensor:
+    """Compare the size of each parameter's gradient with what it has long been: `log sqrt(v_0 / V)`. [P]"""
+    return 0.5 * (moments.square[0].log() - moments.square[-1].log())
 
 
 class Inputs(NamedTuple):

@@ -28,9 +28,11 @@ from lightning_hrnn.optimizer.features import (
     MANY,
     Inputs,
     Layout,
+    LongScale,
     Moments,
     count_features,
     param_inputs,
+    present_size,
     scaled_gradient,
     update_moments,
 )
@@ -43,6 +45,7 @@ SIZE_POWER = 0.75  # of a tensor's size, that a first rate starts from in meta-t
 LOG_RATE_RANGE = 33.0
 ANNEALING = (-0.3, 0.0, 0.2)  # that powers start from in meta-training: a constant, and for each of `COUNTS`
 MAX_ANNEALING = 2.0
+LONG_SCALING = (0.5, 0.0, 0.0)  # likewise
 COUNTS = ("tensor_count", "model_count")  # the rows of `Layout.smallness`
 LENGTH_INPUTS = 2  # see `BoundedRate.length_inputs`
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
@@ -54,7 +57,7 @@ class RuleState(NamedTuple):
 
     hidden: Tensor  # [H0, P]
     average: Tensor  # [S, P] gradient averages
-    square: Tensor  # [S, P] mean squares of the averages
+    square: Tensor  # [S, P] mean squares of the averages; [S + 1, P] with a `scale_memory`
     log_rate: Tensor  # [T] (bounded) or [P] (smoothed)
     tensor_hidden: Tensor  # [H1, T]
     global_hidden: Tensor  # [H2, M]
@@ -72,7 +75,7 @@ class ParamStep(NamedTuple):
 
     hidden: Tensor  # [H0, P]
     average: Tensor  # [S, P]
-    square: Tensor  # [S, P]
+    square: Tensor  # [S, P] or [S + 1, P]
     inputs: Tensor  # [F, P] of the param RNN
     directions: Tensor  # [R, P] one row a readout, not yet normalised
     factor: Tensor  # [P] of this parameter on its tensor's rate
@@ -84,7 +87,7 @@ class ParamLevel(NamedTuple):
 
     hidden: Tensor  # [H0, P]
     average: Tensor  # [S, P]
-    square: Tensor  # [S, P]
+    square: Tensor  # [S, P] or [S + 1, P]
     pooled: Tensor  # [H0 + F, T] means over each tensor, for the tensor RNN
     steps: Tensor  # [R, P] directions of root mean square 1 over their tensor, times the parameter's factor
     log_rate: Tensor | None  # [P]
@@ -385,6 +388,8 @@ class HierarchicalRNN(nn.Module):
         for name in config.readouts[1:]:  # attention starts equal to the update
             self.directions[name].load_state_dict(self.directions["direction"].state_dict())
             self.reach = nn.Parameter(torch.ones(1))
+        if config.scale_memory:
+            self.long_scaling = nn.Parameter(torch.tensor(LONG_SCALING)[:, None])
         widths = {"tensor": h1, "means": tensor_inputs, "global": h2, "peak": 1, "length": LENGTH_INPUTS}
         self.drift_widths = {name: widths[name] for name in config.drift_inputs}  # rows of the drift's readout
         drift_inputs = sum(self.drift_widths.values())
@@ -421,7 +426,8 @@ class HierarchicalRNN(nn.Module):
         Where tensors try different ones, the last dimension is theirs.
         """
         lengths = {name: value for name, value in self.rate.named_parameters() if not name.startswith("momentary")}
-        return [*lengths.values(), *([self.reach] if "attention" in self.config.readouts else [])]
+        reach = [self.reach] if "attention" in self.config.readouts else []
+        return [*lengths.values(), *reach, *([self.long_scaling] if self.config.scale_memory else [])]
 
     @property
     def rate_by_peak(self) -> BoundedRate | None:
@@ -448,11 +454,11 @@ class HierarchicalRNN(nn.Module):
             torch.as_tensor(value, device=like.device, dtype=like.dtype).expand(tensors)
             for value in (log_rate, run_length)
         )
-        zeros = like.new_zeros(self.config.timescales, len(layout.tensor_of))
+        params = len(layout.tensor_of)
         return RuleState(
-            hidden=self.param_rnn.initial_state(len(layout.tensor_of)),
-            average=zeros,
-            square=zeros,
+            hidden=self.param_rnn.initial_state(params),
+            average=like.new_zeros(self.config.timescales, params),
+            square=like.new_zeros(self.config.squares, params),
             log_rate=layout.to_params(rates) if self.rate_per_param else rates.clone(),
             tensor_hidden=self.tensor_rnn.initial_state(tensors),
             global_hidden=self.global_rnn.initial_state(len(layout.tensors_in)),
@@ -505,6 +511,7 @@ class HierarchicalRNN(nn.Module):
     def param_level(self, grad: Tensor, state: RuleState, bias: Tensor, layout: Layout) -> ParamLevel:
         """Take every parameter's step and average over tensors."""
         log_rate = state.log_rate if self.rate_per_param else layout.to_params(state.log_rate)
+        long_scale = self.long_scale(state.age, layout)
         param = self.param_step(
             grad,
             state.hidden,
@@ -514,6 +521,7 @@ class HierarchicalRNN(nn.Module):
             log_rate - layout.to_params(self.mean_log_rate(state, layout)),
             layout.to_params(bias),
             layout.to_params((state.age > 0).to(grad.dtype)),
+            long_scale and LongScale(*map(layout.to_params, long_scale)),
         )
         mean_square = layout.mean_per_tensor(param.directions.square())  # [R, T]
         unit = param.directions
@@ -532,6 +540,7 @@ class HierarchicalRNN(nn.Module):
         relative_rate: Tensor,  # [P]
         bias: Tensor,  # [3 H0, P]
         remembers: Tensor,  # [P] 0 at a tensor's first step, else 1
+        long_scale: LongScale | None = None,  # where the rule has a `scale_memory`
     ) -> ParamStep:
         """Take the step of parameters that know of each other only by their arguments.
 
@@ -539,14 +548,32 @@ class HierarchicalRNN(nn.Module):
         """
         decay_logits = self.decay_weight @ hidden + self.decay_bias[:, None]
         input_decay, scale_decay = decay_logits.clamp(max=MAX_DECAY_LOGIT).sigmoid()
-        moments = update_moments(grad, Moments(average, square), input_decay, scale_decay, remembers)
+        decays = (input_decay, scale_decay, remembers, long_scale and long_scale.decay)
+        moments = update_moments(grad, Moments(average, square), *decays)
         scaled = scaled_gradient(moments, divide="input_scaling" not in self.config.without)
-        inputs = Inputs(scaled, moments.square, relative_rate.expand_as(grad))
+        inputs = Inputs(scaled, moments.square[: self.config.timescales], relative_rate.expand_as(grad))
         x = param_inputs(self.config.features, inputs)
         hidden = self.param_rnn(x, hidden, bias)
         directions = torch.stack([readout(hidden, scaled) for readout in self.directions.values()])
+        if long_scale is not None:
+            directions = directions * (long_scale.power * present_size(moments)).exp()
         factor, next_log_rate = self.rate.factor(hidden, log_rate)
         return ParamStep(hidden, moments.average, moments.square, x, directions, factor, next_log_rate)
+
+    def long_scale(self, age: Tensor, layout: Layout) -> LongScale | None:
+        """Return how directions are scaled by long averages, if they are; the clip of the power passes gradients.
+
+        The average is over all steps at first, and later over about `scale_memory` of them. The power is read from how
+        few parameters tensor and model have.
+
+        Args:
+            age: steps that each tensor has taken. [T]
+            layout: of the models.
+        """
+        if not (memory := self.config.scale_memory):
+            return None
+        power = _clipped(self.long_scaling[0] + (self.long_scaling[1:] * layout.smallness).sum(0), 1.0)
+        return LongScale(decay=(age / (age + 1)).clamp(max=1 - 1 / memory), power=power)
 
     def mean_log_rate(self, state: RuleState, layout: Layout) -> Tensor:
         """Average the log rate over each tensor, and that over the model. [T]"""

@@ -166,6 +166,7 @@ def from_above(rule: HierarchicalRNN, state: RuleState, layout: Layout) -> FromA
         log_rate=state.log_rate,
         mean_log_rate=layout.to_tensors(layout.mean_per_model(state.log_rate)),
         remembers=(state.age > 0).to(state.age.dtype),
+        long_scale=rule.long_scale(state.age, layout),
     )
 
 

@@ -5,7 +5,7 @@ All in single precision unless `state_dtype` says otherwise:
 =============== =============== ================================================
 `hidden`        `[H0, *shape]`  param RNN
 `average`       `[S, *shape]`   gradient averages
-`square`        `[S, *shape]`   mean squares of the averages
+`square`        `[S, *shape]`   mean squares of the averages; one more of rules with a long memory of scales
 `log_rate`      `[]`            log of the learned rate (`[*shape]` for a rule with a rate of each parameter)
 `tensor_hidden` `[H1]`          tensor RNN
 `global_hidden` `[H2]`          global RNN: one for the model, repeated with each tensor
@@ -53,7 +53,7 @@ def initial_state(
     state = {
         "hidden": sharded_like(param, hidden),
         "average": sharded_like(param, rows(config.timescales)),
-        "square": sharded_like(param, rows(config.timescales)),
+        "square": sharded_like(param, rows(config.squares)),
         "log_rate": sharded_like(param, rates) if rule.rate_per_param else rates,
         "tensor_hidden": rule.tensor_rnn.initial.clone(),
         "global_hidden": global_hidden,

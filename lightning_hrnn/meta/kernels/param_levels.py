@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_hrnn.optimizer.features import Layout, count_features
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevel, RuleState
 from lightning_hrnn.optimizer.kernels.build import operators
-from lightning_hrnn.optimizer.kernels.cpp import DTYPES, said_from_above
+from lightning_hrnn.optimizer.kernels.cpp import DTYPES, rows_from_above, said_from_above
 
 
 class OwnParamLevels:
@@ -38,12 +38,12 @@ class OwnParamLevels:
                 f"Param levels side by side are computed on the CPU in single or double precision, not on "
                 f"{metas.device} in {metas.dtype}: meta-train with --trainer.accelerator cpu, or leave param_level out."
             )
-        self.library, self.metas = operators(config.param_hidden, config.timescales), metas.detach().contiguous()
+        self.library, self.metas = operators(config), metas.detach().contiguous()
         features = count_features(config.features, config.timescales)
         model_of = layout.model_of[layout.tensor_of]
         self.grad_order = _together(1, model_of)
         self.hidden_order = _together(config.param_hidden, model_of)
-        self.above_order = _together(3 * config.param_hidden + 2, layout.model_of)
+        self.above_order = _together(rows_from_above(config), layout.model_of)
         self.pooled_back = _together(config.param_hidden + features, layout.model_of).argsort()
         self.steps_back = _together(len(config.readouts), model_of).argsort()
         self.params_in = layout.params_in[layout.model_of.argsort(stable=True)]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lightning_hrnn.optimizer.features import LongScale
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 
 
@@ -26,7 +27,7 @@ class TensorWork(NamedTuple):
     grad: Tensor  # [...]
     hidden: Tensor  # [H0, ...]
     average: Tensor  # [S, ...]
-    square: Tensor  # [S, ...]
+    square: Tensor  # [S, ...] or [S + 1, ...], see `RuleConfig.squares`
     log_rate: Tensor  # [...] for a rule with a rate of each parameter, else a scalar that kernels leave alone
     lookahead: Tensor | None  # [...] with attention: subtract it from the parameter to get the attended point
     lr: float  # multiplier of the learned rate
@@ -40,13 +41,14 @@ class FromAbove(NamedTuple):
     log_rate: Tensor  # [T] of the tensor (or its mean)
     mean_log_rate: Tensor  # [T] of the model
     remembers: Tensor  # [T] 0 at a tensor's first step, else 1
+    long_scale: LongScale | None = None  # where the rule has a `scale_memory`
     proceed: Tensor | None = None  # [] false where a gradient is not finite: nothing changes then; `None` is true
 
     def part(self, tensors: slice) -> FromAbove:
         """Return what is said to some of the tensors."""
         said = (self.bias, self.log_rate, self.mean_log_rate, self.remembers)
-        bias, log_rate, mean_log_rate, remembers = (value[..., tensors] for value in said)
-        return FromAbove(bias, log_rate, mean_log_rate, remembers, self.proceed)
+        long_scale = self.long_scale and LongScale(*(value[tensors] for value in self.long_scale))
+        return FromAbove(*(value[..., tensors] for value in said), long_scale, self.proceed)
 
 
 class Sums(NamedTuple):

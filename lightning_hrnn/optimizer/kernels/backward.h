@@ -28,31 +28,39 @@ template <class T, int R> struct Transposed {
 // Gradients with respect to what a tile made (in) and to what it was made from (out).
 template <class T, int R> struct TileGrad {
     static constexpr int ABOVE_GRAD = H + F + 2 * R;  // rows of what comes down from a tensor's means
-    static constexpr int SUMMED = 3 * H;
+    static constexpr int SUMMED = 3 * H + LONG;
     alignas(64) T above[ABOVE_GRAD][TILE + WIDTH<T>];  // pooled; inverse RMS and pull to unit RMS, of each readout
-    T hidden[H][TILE], average[S][TILE], square[S][TILE], steps[R][TILE], steps_made[R][TILE];  // in
-    T gates[3 * H][TILE];  // out, summed over tensors
+    T hidden[H][TILE], average[S][TILE], square[SQUARES][TILE], steps[R][TILE], steps_made[R][TILE];  // in
+    T gates[SUMMED][TILE];  // out, summed over tensors; the last row is the power of the long scale, if there is one
+    T present_size[TILE];
     T inputs[INNER][TILE], scaled[S][TILE];
     T choice[R * S + 1][TILE], logits[2][TILE];  // the last choice is the momentary factor's
     T hidden_now[H][TILE];
-    T grad[TILE], before[H][TILE], average_before[S][TILE], square_before[S][TILE];  // out
+    T grad[TILE], before[H][TILE], average_before[S][TILE], square_before[SQUARES][TILE];  // out
     T padding[WIDTH<T>];
 };
 
-// From steps to the hidden state, the gates and the scaled gradients.
-template <class T, int R>
+// From steps to the hidden state, the gates, the scaled gradients and the long scale.
+template <class T, int R, class Above>
 HRNN_INLINE void read_out_backward(
-    const Transposed<T, R>& rule, const Tile<T, R>& tile, const Trace<T, R>& trace, TileGrad<T, R>& grad, int p) {
+    const Transposed<T, R>& rule, const Above& above, const Tile<T, R>& tile, const Trace<T, R>& trace,
+    TileGrad<T, R>& grad, int p) {
     using V = Pack<T, AT_ONCE>;
     const auto read = [p](const T* row) { return load_pack<T, AT_ONCE>(row + p); };
     V raw, scaled[S];
+    [[maybe_unused]] V to_log_scale;
     const V factor = read(tile.factor), momentary = read(trace.momentary);
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
         const V step = read(grad.steps[r]), moved = step * read(grad.steps_made[r]);
         raw = r ? raw + moved : moved;
-        const V direction =
+        V direction =
             step * factor * read(grad.above[H + F + r]) + read(grad.above[H + F + R + r]) * read(tile.directions[r]);
+        if constexpr (LONG) {
+            const V turned = direction * read(tile.directions[r]);
+            to_log_scale = r ? to_log_scale + turned : turned;
+            direction = direction * read(trace.long_scale);
+        }
 #pragma GCC unroll 8
         for (int s = 0; s < S; s++) {
             const V through = direction * read(trace.choice[r * S + s]);
@@ -61,6 +69,10 @@ HRNN_INLINE void read_out_backward(
         }
     }
     store(grad.choice[R * S] + p, raw * (1 - momentary * momentary));
+    if constexpr (LONG) {
+        store(grad.gates[3 * H] + p, to_log_scale * read(tile.present_size));
+        store(grad.present_size + p, to_log_scale * above.long_power(p));
+    }
 #pragma GCC unroll 8
     for (int s = 0; s < S; s++) store(grad.scaled[s] + p, scaled[s]);
     multiply<T, H, R * S + 1, 0, R * S + 1>(
@@ -102,9 +114,10 @@ HRNN_INLINE void hidden_backward(const Transposed<T, R>& rule, const Tile<T, R>&
 }
 
 // From the inputs of the GRU to gradient, averages and decays.
-template <class T, int R>
+template <class T, int R, class Above>
 HRNN_INLINE void features_backward(
-    const Weights<T, R>& rule, const Tile<T, R>& tile, const Trace<T, R>& trace, TileGrad<T, R>& grad, int p) {
+    const Weights<T, R>& rule, const Above& above, const Tile<T, R>& tile, const Trace<T, R>& trace,
+    TileGrad<T, R>& grad, int p) {
     using V = Pack<T, AT_ONCE>;
     using At = Packed<R>;
     const auto read = [p](const T* row) { return load_pack<T, AT_ONCE>(row + p); };
@@ -120,6 +133,13 @@ HRNN_INLINE void features_backward(
         scaled[s] += product * read(tile.inputs[s + 1]);
         scaled[s + 1] += product * read(tile.inputs[s]);
     }
+    [[maybe_unused]] V from_long;  // to the first average of squares
+    if constexpr (LONG) {
+        const V decay = above.long_decay(p), half = T(0.5) * read(grad.present_size);
+        const V to_long = read(grad.square[S]) - half * inverse(read(tile.square[S]));
+        store(grad.square_before[S] + p, to_long * decay);
+        from_long = to_long * (1 - decay) + half * inverse(read(tile.square[0]));
+    }
     const V unclipped = read(tile.grad), gradient = clip<T>(unclipped), scale_decay = read(trace.scale_decay);
     V to_grad, to_decay, to_scale_decay;
 #pragma GCC unroll 8
@@ -128,7 +148,8 @@ HRNN_INLINE void features_backward(
         const V to_ratio = scaled[s] * read(trace.slope[s]);
         const V from_log = s + 1 < S ? read(grad.inputs[LOGS + s]) - mean : T(-1) * mean;  // nothing came to the last
         const V to_log = from_log - T(0.5) * to_ratio * read(trace.ratio[s]);
-        const V to_square = read(grad.square[s]) + to_log * inverse * inverse;
+        V to_square = read(grad.square[s]) + to_log * inverse * inverse;
+        if constexpr (LONG) to_square = s ? to_square : to_square + from_long;
         const V to_average = read(grad.average[s]) + to_ratio * inverse + 2 * average * (1 - scale_decay) * to_square;
         const V decay = read(trace.decay[s]);
         const V scale_part = to_square * (read(tile.square_before[s]) - average * average - T(SQUARE_FLOOR));
@@ -215,14 +236,14 @@ template <class T> HRNN_INLINE void add_rows(const T (*rows)[TILE], int count, L
 
 // `sums` are gradients of the packed meta-parameters, a vector of partial sums each. Those that `finish_rule` makes from
 // others stay zero.
-template <class T, int R>
+template <class T, int R, class Above>
 void backward_tile(
-    const Weights<T, R>& rule, const Transposed<T, R>& transposed, const Tile<T, R>& tile, const Trace<T, R>& trace,
-    TileGrad<T, R>& grad, Lanes<T>* sums) {
+    const Weights<T, R>& rule, const Transposed<T, R>& transposed, const Above& above, const Tile<T, R>& tile,
+    const Trace<T, R>& trace, TileGrad<T, R>& grad, Lanes<T>* sums) {
     using At = Packed<R>;
-    for (int p = 0; p < TILE; p += PACK<T>) read_out_backward(transposed, tile, trace, grad, p);
+    for (int p = 0; p < TILE; p += PACK<T>) read_out_backward(transposed, above, tile, trace, grad, p);
     for (int p = 0; p < TILE; p += PACK<T>) hidden_backward(transposed, tile, grad, p);
-    for (int p = 0; p < TILE; p += PACK<T>) features_backward(rule, tile, trace, grad, p);
+    for (int p = 0; p < TILE; p += PACK<T>) features_backward(rule, above, tile, trace, grad, p);
     add_products<T, 3 * H, INNER>(grad.gates, tile.inputs, sums + At::GATE, INPUT);
     add_products<T, 2 * H, H>(grad.gates, tile.before, sums + At::GATE + F, INPUT);
     add_products<T, H, H>(grad.gates + 2 * H, tile.reset_hidden, sums + At::CANDIDATE + F, INPUT);

@@ -1,6 +1,6 @@
 """Build the compiled kernels on first use, with torch's own extension loader, and keep them.
 
-A library holds operators for one instruction set, those of the rule also for one pair of sizes, and its name has a
+A library holds operators for one instruction set, those of the rule also for its sizes, and its name has a
 digest of everything it is made from: sources, flags, torch. So one folder serves different machines and versions, and
 what is there need not be checked again. Processes that want the same library at once take turns on a lock that the
 system releases when its holder dies, however it dies.
@@ -24,6 +24,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+from lightning_hrnn.optimizer.config import RuleConfig
 
 FOLDER = Path(__file__).parent  # whose headers any library may include
 SOURCES = ("param_level.cpp", "step.cpp", "param_level.h", "step.h", "backward.h", "rule.h", "segments.h", "lanes.h")
@@ -65,20 +67,20 @@ def _ninja() -> str | None:
     return shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
 
 
-def operators(param_hidden: int, timescales: int) -> Any:
+def operators(config: RuleConfig) -> Any:
     """Return the compiled operators for a rule's sizes.
 
     Raises:
         BuildError: see `compiled`.
     """
-    return compiled(rule_library(param_hidden, timescales))
+    return compiled(rule_library(config))
 
 
 @cache
-def rule_library(param_hidden: int, timescales: int) -> Library:
-    """Describe the library of the rule's operators."""
-    sizes = (f"HRNN_HIDDEN={param_hidden}", f"HRNN_TIMESCALES={timescales}")
-    return Library(tuple(FOLDER / source for source in SOURCES), sizes)
+def rule_library(config: RuleConfig) -> Library:
+    """Describe the library of the operators for a rule's sizes."""
+    sizes = {"HIDDEN": config.param_hidden, "TIMESCALES": config.timescales, "SQUARES": config.squares}
+    return Library(tuple(FOLDER / source for source in SOURCES), tuple(f"HRNN_{name}={size}" for name, size in sizes.items()))
 
 
 @cache

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from lightning_hrnn.optimizer.features import FEATURES, Layout
+from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.features import FEATURES, Layout, LongScale
 from lightning_hrnn.optimizer.hierarchical_rnn import (
     BoundedRate,
     GatedDirection,
@@ -72,7 +73,7 @@ def param_level(rule: HierarchicalRNN, grad: Tensor, state: RuleState, bias: Ten
     if grad.device.type != "cpu" or grad.dtype not in DTYPES or why_unsupported(rule):
         return rule.param_level(grad, state, bias, layout)
     try:
-        library = operators(config.param_hidden, config.timescales)
+        library = operators(config)
     except BuildError:
         return rule.param_level(grad, state, bias, layout)
     hidden, average, square, pooled, steps = _ParamLevel.apply(
@@ -92,9 +93,19 @@ def param_level(rule: HierarchicalRNN, grad: Tensor, state: RuleState, bias: Ten
 
 
 def said_from_above(rule: HierarchicalRNN, state: RuleState, bias: Tensor, layout: Layout) -> Tensor:
-    """Lay what each tensor tells its parameters below each other: gate biases, relative rate, whether it remembers."""
+    """Lay what each tensor tells its parameters below each other, in the order of `ABOVE` in `rule.h`. [A, T]"""
     relative_rate = state.log_rate - rule.mean_log_rate(state, layout)
-    return torch.cat([bias, relative_rate[None], (state.age > 0).to(bias.dtype)[None]])
+    remembers = (state.age > 0).to(bias.dtype)
+    return _told(bias, relative_rate, remembers, rule.long_scale(state.age, layout))
+
+
+def rows_from_above(config: RuleConfig) -> int:
+    """Count the rows of `said_from_above`."""
+    return 3 * config.param_hidden + 2 + 2 * (config.scale_memory > 0)
+
+
+def _told(bias: Tensor, relative_rate: Tensor, remembers: Tensor, long_scale: LongScale | None) -> Tensor:
+    return torch.cat([bias, torch.stack([relative_rate, remembers, *(long_scale or ())])])
 
 
 def packed(rule: HierarchicalRNN) -> Tensor:
@@ -146,7 +157,9 @@ class _ParamLevel(torch.autograd.Function):
         to_grad, hidden, average, square, above, meta = ctx.library.param_level_backward(
             *given, *ctx.saved_tensors, ctx.bound, ctx.scales, with_grad
         )
-        above = torch.cat([above, torch.zeros_like(above[:1])])  # no gradient flows through `remembers`
+        to_bias, to_power = above.split([3 * len(hidden) + 1, len(above) - 3 * len(hidden) - 1])
+        none = torch.zeros_like(above[:1])  # no gradient flows through `remembers` and the long average's decay
+        above = torch.cat([to_bias, none, *([none, to_power] if len(to_power) else ())])
         return None, None, None, None, None, to_grad if with_grad else None, hidden, average, square, above, meta
 
 
@@ -173,7 +186,7 @@ class CppKernel:
         """Update the states in place; return sums over tensors and the steps."""
         config = rule.config
         try:
-            library = operators(config.param_hidden, config.timescales)
+            library = operators(config)
         except BuildError:
             return EagerKernel().measure(rule, work, above)
         params = [tensor.param.detach().contiguous() for tensor in work]
@@ -183,7 +196,7 @@ class CppKernel:
             [tensor.hidden for tensor in work],
             [tensor.average for tensor in work],
             [tensor.square for tensor in work],
-            torch.cat([above.bias, (above.log_rate - above.mean_log_rate)[None], above.remembers[None]]),
+            _told(above.bias, above.log_rate - above.mean_log_rate, above.remembers, above.long_scale),
             above.log_rate.contiguous(),
             packed(rule),
             config.momentary_bound,

@@ -58,6 +58,7 @@ class EagerKernel:
                 rate - above.mean_log_rate,
                 above.bias,
                 above.remembers,
+                above.long_scale,
             )
             for value, after in zip(state, (step.hidden, step.average, step.square), strict=True):
                 value[:, part] = where(above.proceed, after, value[:, part])

@@ -67,7 +67,7 @@ Six forward_models(
     check(grad, 1, params, grad);
     check(hidden, H, params, grad);
     check(average, S, params, grad);
-    check(square, S, params, grad);
+    check(square, SQUARES, params, grad);
     check(above, ABOVE, tensors, grad);
     const auto empty = [&](int64_t rows, int64_t columns) { return at::empty({rows, columns}, grad.options()); };
     Six made = {at::empty_like(hidden),   at::empty_like(average),  at::empty_like(square),
@@ -84,8 +84,8 @@ Six forward_models(
             const auto rule = std::make_unique<Weights<T, R>>(from(metas, model * Packed<R>::SIZE), T(bound));
             forward<T, R>(
                 *rule,
-                {from(grad, p), {from(hidden, H * p), from(average, S * p), from(square, S * p)},
-                 from(above, ABOVE * t), {to(hidden_out, H * p), to(average_out, S * p), to(square_out, S * p)},
+                {from(grad, p), {from(hidden, H * p), from(average, S * p), from(square, SQUARES * p)},
+                 from(above, ABOVE * t), {to(hidden_out, H * p), to(average_out, S * p), to(square_out, SQUARES * p)},
                  to(pooled, (H + F) * t), to(steps, readouts * p), to(inverse_rms, readouts * t), scales},
                 own);
         }
@@ -124,11 +124,11 @@ Six param_level_backward(
     };
     check_given(to_hidden, H, params);
     check_given(to_average, S, params);
-    check_given(to_square, S, params);
+    check_given(to_square, SQUARES, params);
     check_given(to_pooled, H + F, tensors);
     check_given(to_steps, readouts, params);
     Six made = {at::empty({with_grad ? params : 0}, grad.options()), at::empty_like(hidden), at::empty_like(average),
-                at::empty_like(square), at::empty({3 * H + 1, tensors}, grad.options()), at::empty_like(meta)};
+                at::empty_like(square), at::empty({3 * H + 1 + LONG, tensors}, grad.options()), at::empty_like(meta)};
     with_types(grad, readouts, [&]<class T, int R>() {
         const auto rule = std::make_unique<Weights<T, R>>(meta.const_data_ptr<T>(), T(bound));
         const auto to = [](const Tensor& value) { return value.mutable_data_ptr<T>(); };

@@ -9,7 +9,7 @@ namespace hrnn {
 
 // Rows of parameters, features first. A null pointer stands for zeros.
 template <class T> struct State {
-    T *hidden, *average, *square;  // [H, P] [S, P] [S, P]
+    T *hidden, *average, *square;  // [H, P] [S, P] [SQUARES, P]
 };
 
 template <class T> struct Forward {
@@ -33,7 +33,7 @@ template <class T> struct Backward {
     const T *to_pooled, *to_steps;
     T* to_grad;                                  // gradients that go out
     State<T> to_before;
-    T* to_above;                                 // [3H + 1, T]
+    T* to_above;                                 // [3H + 1 + LONG, T] biases, relative rate, power of the long scale
     T* to_rule;                                  // [meta-parameters]
 };
 
@@ -59,17 +59,18 @@ template <class T> HRNN_INLINE void write_rows(T* to, const T (*from)[TILE], int
     }
 }
 
-// What every tensor tells its parameters, side by side: biases of the gates, whether it remembers, the relative rate.
+// What every tensor tells its parameters, side by side: biases of the gates, whether it remembers, decay and power of
+// its long scale if it has one, the relative rate.
 template <class T, int R>
 std::vector<T> told_to_params(const Weights<T, R>& rule, const T* above, int64_t tensors) {
     std::vector<T> told(tensors * ABOVE);
-    const T *rates = above + 3 * H * tensors, *remembers = rates + tensors;
+    const T *rates = above + 3 * H * tensors, *rest = rates + tensors;
     for (int i = 0; i < 3 * H; i++)
         for (int64_t t = 0; t < tensors; t++)
             told[t * ABOVE + i] = rule.gate_bias(i, above[i * tensors + t], rates[t]);
     for (int64_t t = 0; t < tensors; t++) {
-        told[t * ABOVE + 3 * H] = remembers[t];
-        told[t * ABOVE + 3 * H + 1] = rates[t];
+        for (int i = 0; i <= 2 * LONG; i++) told[t * ABOVE + 3 * H + i] = rest[i * tensors + t];
+        told[t * ABOVE + ABOVE - 1] = rates[t];
     }
     return told;
 }
@@ -90,13 +91,13 @@ HRNN_INLINE void fetch(
     copy_rows(&tile.grad, grad + begin, 1, params, count);
     copy_rows(tile.before, before.hidden + begin, H, params, count);
     copy_rows(tile.average_before, before.average + begin, S, params, count);
-    copy_rows(tile.square_before, before.square + begin, S, params, count);
+    copy_rows(tile.square_before, before.square + begin, SQUARES, params, count);
     each_segment(offsets, begin, begin + count, tensor, [&](int64_t t, int64_t from, int64_t stop) {
         const T* here = &told[t * ABOVE];
-        for (int i = 0; i <= 3 * H; i++) spread<T>(to.above.rows[i], from - begin, stop - begin, here[i]);
-        std::fill(tile.inputs[F - 1] + (from - begin), tile.inputs[F - 1] + (stop - begin), here[3 * H + 1]);
+        for (int i = 0; i < ABOVE - 1; i++) spread<T>(to.above.rows[i], from - begin, stop - begin, here[i]);
+        std::fill(tile.inputs[F - 1] + (from - begin), tile.inputs[F - 1] + (stop - begin), here[ABOVE - 1]);
     });
-    for (int i = 0; count < TILE && i <= 3 * H; i++)
+    for (int i = 0; count < TILE && i < ABOVE - 1; i++)
         std::fill(to.above.rows[i] + count, to.above.rows[i] + TILE, T(0));
 }
 
@@ -115,12 +116,12 @@ template <class T, int R> void forward(const Weights<T, R>& rule, const Forward<
             const int ahead = int(std::min<int64_t>(TILE, end - begin - count));
             prefetch_rows(io.before.hidden + begin + count, H, params, ahead);
             prefetch_rows(io.before.average + begin + count, S, params, ahead);
-            prefetch_rows(io.before.square + begin + count, S, params, ahead);
+            prefetch_rows(io.before.square + begin + count, SQUARES, params, ahead);
             NoTrace none;
             forward_tile(rule, scratch.above, tile, none);
             write_rows(io.after.hidden + begin, tile.hidden, H, params, count);
             write_rows(io.after.average + begin, tile.average, S, params, count);
-            write_rows(io.after.square + begin, tile.square, S, params, count);
+            write_rows(io.after.square + begin, tile.square, SQUARES, params, count);
             each_segment(offsets, begin, begin + count, first, [&](int64_t t, int64_t from, int64_t to) {
                 add_segment<T, Tile<T, R>::SUMMED>(
                     tile.hidden[0], TILE, from - begin, to - begin, sums.of(chunk, t));
@@ -183,7 +184,7 @@ HRNN_INLINE void fetch_gradients(
     const auto from = [&](const T* rows) { return rows ? rows + begin : nullptr; };
     copy_rows(grad.hidden, from(io.to_after.hidden), H, params, count);
     copy_rows(grad.average, from(io.to_after.average), S, params, count);
-    copy_rows(grad.square, from(io.to_after.square), S, params, count);
+    copy_rows(grad.square, from(io.to_after.square), SQUARES, params, count);
     copy_rows(grad.steps, from(io.to_steps), R, params, count);
     copy_rows(grad.steps_made, from(io.steps), R, params, count);
     each_segment(offsets, begin, begin + count, tensor, [&](int64_t t, int64_t segment, int64_t stop) {
@@ -230,11 +231,11 @@ template <class T, int R> void backward(const Weights<T, R>& rule, const Backwar
             fetch(forward, io.grad, io.before, told, offsets, begin, count, tensor);
             fetch_gradients(grad, io, products, offsets, begin, count, first);
             forward_tile(rule, forward.above, forward.tile, trace);
-            backward_tile(rule, transposed, tile, trace, grad, rule_sums);
+            backward_tile(rule, transposed, forward.above, tile, trace, grad, rule_sums);
             if (io.to_grad) write_rows(io.to_grad + begin, &grad.grad, 1, params, count);
             write_rows(io.to_before.hidden + begin, grad.before, H, params, count);
             write_rows(io.to_before.average + begin, grad.average_before, S, params, count);
-            write_rows(io.to_before.square + begin, grad.square_before, S, params, count);
+            write_rows(io.to_before.square + begin, grad.square_before, SQUARES, params, count);
             each_segment(offsets, begin, begin + count, same, [&](int64_t t, int64_t from, int64_t to) {
                 add_segment<T, SUMMED>(grad.gates[0], TILE, from - begin, to - begin, sums.of(chunk, t));
             });
@@ -248,14 +249,15 @@ template <class T, int R> void backward(const Weights<T, R>& rule, const Backwar
     finish_rule<T, R>(io.to_rule);
     for (int64_t t = 0; t < tensors; t++) {  // what every parameter of a tensor was told in the same words
         T to_rate = io.to_pooled ? io.to_pooled[(H + F - 1) * tensors + t] : T(0);
-        for (int i = 0; i < SUMMED; i++) {
+        for (int i = 0; i < 3 * H; i++) {
             const int at = At::GATE + i * INPUT + F - 1;
             io.to_above[i * tensors + t] = sums[t][i];
             io.to_rule[At::GATE_BIAS + i] += sums[t][i];
-            io.to_rule[at] += sums[t][i] * io.above[SUMMED * tensors + t];
+            io.to_rule[at] += sums[t][i] * io.above[3 * H * tensors + t];
             to_rate += sums[t][i] * rule.flat[at];
         }
-        io.to_above[SUMMED * tensors + t] = to_rate;
+        io.to_above[3 * H * tensors + t] = to_rate;
+        if constexpr (LONG) io.to_above[(3 * H + 1) * tensors + t] = sums[t][3 * H];
     }
 }
 

@@ -11,11 +11,14 @@
 namespace hrnn {
 
 constexpr int H = HRNN_HIDDEN, S = HRNN_TIMESCALES;
+constexpr int SQUARES = HRNN_SQUARES, LONG = SQUARES - S;  // 1 if the first average of squares is averaged for long
 constexpr int F = 3 * S;      // scaled gradients, products of neighbours, relative magnitudes, relative rate
 constexpr int INPUT = F + H;  // of a gate
 constexpr int LOGS = 2 * S - 1, INNER = F - 2;  // the first relative magnitude, the last one
 constexpr int TILE = 64;  // parameters
-constexpr int ABOVE = 3 * H + 2;  // rows of what a tensor tells its parameters: gate biases, relative rate, remembers
+// Rows of what a tensor tells its parameters: gate biases, relative rate, whether it remembers, decay and power of
+// `LongScale` if there is a long average.
+constexpr int ABOVE = 3 * H + 2 + 2 * LONG;
 constexpr int AT_ONCE = VECTOR_REGISTERS == 32 ? 2 : 1;  // vectors of a pack, which share every load of a weight
 template <class T> constexpr int PACK = AT_ONCE * WIDTH<T>;  // parameters
 constexpr double SQUARE_FLOOR = 1e-18, MAX_DECAY_LOGIT = 9.2, GRAD_LIMIT = 1e15;
@@ -74,27 +77,32 @@ template <class T, int R> struct Weights {
 
 // What a tensor tells its parameters, the same for a whole tile or a row for each quantity.
 template <class T> struct OneTensor {
-    T biases[3 * H], remembers;
+    T biases[3 * H], remembers, decay, power;
 
     HRNN_INLINE Pack<T, AT_ONCE> bias(int i, int) const { return all_of<T, AT_ONCE>(biases[i]); }
     HRNN_INLINE Pack<T, AT_ONCE> remembering(int) const { return all_of<T, AT_ONCE>(remembers); }
+    HRNN_INLINE Pack<T, AT_ONCE> long_decay(int) const { return all_of<T, AT_ONCE>(decay); }
+    HRNN_INLINE Pack<T, AT_ONCE> long_power(int) const { return all_of<T, AT_ONCE>(power); }
 };
 template <class T> struct ManyTensors {
-    alignas(64) T rows[3 * H + 1][TILE + WIDTH<T>];  // a tensor's values may be written past its end
+    alignas(64) T rows[ABOVE - 1][TILE + WIDTH<T>];  // a tensor's values may be written past its end
 
     HRNN_INLINE Pack<T, AT_ONCE> bias(int i, int p) const { return load_pack<T, AT_ONCE>(&rows[i][p]); }
     HRNN_INLINE Pack<T, AT_ONCE> remembering(int p) const { return load_pack<T, AT_ONCE>(&rows[3 * H][p]); }
+    HRNN_INLINE Pack<T, AT_ONCE> long_decay(int p) const { return load_pack<T, AT_ONCE>(&rows[3 * H + 1][p]); }
+    HRNN_INLINE Pack<T, AT_ONCE> long_power(int p) const { return load_pack<T, AT_ONCE>(&rows[3 * H + 2][p]); }
 };
 
 // What a forward step needs and makes. Rows from `hidden` to `direction_squares` are what is summed over tensors.
 template <class T, int R> struct Tile {
     static constexpr int SUMMED = H + F + R;
     alignas(64) T grad[TILE];
-    T before[H][TILE], average_before[S][TILE], square_before[S][TILE];
+    T before[H][TILE], average_before[S][TILE], square_before[SQUARES][TILE];
     T hidden[H][TILE], inputs[F][TILE], direction_squares[R][TILE];
-    T average[S][TILE], square[S][TILE];
+    T average[S][TILE], square[SQUARES][TILE];
     T reset[H][TILE], keep[H][TILE], candidate[H][TILE];  // what is left of them, without a trace, is half done
     T reset_hidden[H][TILE], directions[R][TILE], factor[TILE];
+    T present_size[TILE];  // log of sqrt(v_0 / V); only where there is a long average
     T padding[WIDTH<T>];
 };
 
@@ -102,6 +110,7 @@ template <class T, int R> struct Tile {
 template <class T, int R> struct Trace {
     alignas(64) T choice[R * S][TILE], momentary[TILE];
     T decay[S][TILE], scale_decay[TILE], inverse_rms[S][TILE], ratio[S][TILE], slope[S][TILE];
+    T long_scale[TILE];  // of directions
 };
 struct NoTrace {};
 template <class Kept> constexpr bool TRACED = !std::is_same_v<Kept, NoTrace>;
@@ -195,6 +204,12 @@ HRNN_INLINE void step_features(const Weights<T, R>& rule, const Above& above, Ti
         }
         decay = root(decay);  // the next timescale is twice as long
     }
+    if constexpr (LONG) {
+        const V kept = above.long_decay(p);
+        const V square = kept * read(tile.square_before[S]) + (1 - kept) * read(tile.square[0]);
+        store(tile.square[S] + p, square);
+        store(tile.present_size + p, T(0.5) * (log_square[0] - logarithm(square)));
+    }
     mean = mean * (T(1) / S);
 #pragma GCC unroll 8
     for (int s = 0; s + 1 < S; s++) store(tile.inputs[S + s] + p, scaled[s] * scaled[s + 1]);
@@ -252,19 +267,25 @@ HRNN_INLINE void step_hidden(const Weights<T, R>& rule, const Above& above, Tile
 }
 
 // Directions and the momentary factor, of one pack of parameters.
-template <class T, int R, class Kept>
-HRNN_INLINE void read_out(const Weights<T, R>& rule, Tile<T, R>& tile, Kept& trace, int p) {
+template <class T, int R, class Above, class Kept>
+HRNN_INLINE void read_out(const Weights<T, R>& rule, const Above& above, Tile<T, R>& tile, Kept& trace, int p) {
     using V = Pack<T, AT_ONCE>;
     V read[R * S + 1];
     multiply<T, R * S + 1, H, 0, H>(
         rule.readouts[0], tile.hidden, tile.hidden, p,
         [&](int i) { return all_of<T, AT_ONCE>(rule.readout_bias[i]); }, [&](int i, V value) { read[i] = value; },
         NOTHING_BESIDE);
+    [[maybe_unused]] V long_scale;
+    if constexpr (LONG) {
+        long_scale = power(NATURAL<T> * above.long_power(p) * load_pack<T, AT_ONCE>(tile.present_size + p));
+        if constexpr (TRACED<Kept>) store(trace.long_scale + p, long_scale);
+    }
 #pragma GCC unroll 2
     for (int r = 0; r < R; r++) {
         V direction = read[r * S] * load_pack<T, AT_ONCE>(tile.inputs[0] + p);
 #pragma GCC unroll 8
         for (int s = 1; s < S; s++) direction += read[r * S + s] * load_pack<T, AT_ONCE>(tile.inputs[s] + p);
+        if constexpr (LONG) direction = direction * long_scale;
         store(tile.directions[r] + p, direction);
         store(tile.direction_squares[r] + p, direction * direction);
     }
@@ -285,7 +306,7 @@ void forward_tile(
     const Weights<T, R>& rule, const Above& above, Tile<T, R>& tile, Kept& trace, int count = TILE) {
     for (int p = 0; p < count; p += PACK<T>) step_features(rule, above, tile, trace, p);
     step_hidden(rule, above, tile, trace, count);
-    for (int p = 0; p < count; p += PACK<T>) read_out(rule, tile, trace, p);
+    for (int p = 0; p < count; p += PACK<T>) read_out(rule, above, tile, trace, p);
 }
 
 }  // namespace hrnn

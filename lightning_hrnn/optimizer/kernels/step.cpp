@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> measure_step(
         check(grads[t], n);
         check(hidden[t], H * n);
         check(average[t], S * n);
-        check(square[t], S * n);
+        check(square[t], SQUARES * n);
         TORCH_CHECK(
             hidden[t].scalar_type() == hidden[0].scalar_type() && average[t].scalar_type() == hidden[0].scalar_type() &&
                 square[t].scalar_type() == hidden[0].scalar_type(),

@@ -20,7 +20,7 @@ enum class Kind { Float, BFloat16, Half, Double };
 struct Work {
     void* param;
     const void* grad;
-    void *hidden, *average, *square;  // [H, n] [S, n] [S, n]
+    void *hidden, *average, *square;  // [H, n] [S, n] [SQUARES, n]
     void* lookahead;                  // [n] or null
     float* steps;                     // [R, n]
     int64_t count;                    // n
@@ -196,7 +196,7 @@ template <int R> HRNN_INLINE void add_up(MeasureScratch<R>& scratch, int count) 
 template <class Stored> HRNN_INLINE void prefetch_tile(const Work& work, int64_t begin, int count) {
     prefetch_rows(static_cast<const Stored*>(work.hidden) + begin, H, work.count, count);
     prefetch_rows(static_cast<const Stored*>(work.average) + begin, S, work.count, count);
-    prefetch_rows(static_cast<const Stored*>(work.square) + begin, S, work.count, count);
+    prefetch_rows(static_cast<const Stored*>(work.square) + begin, SQUARES, work.count, count);
     with_kind(work.grad_kind, [&](auto kind) {
         prefetch_rows(static_cast<const decltype(kind)*>(work.grad) + begin, 1, 0, count);
     });
@@ -221,13 +221,13 @@ HRNN_INLINE void measure_tile(
     });
     read_state(tile.before, hidden, H, count, n);
     read_state(tile.average_before, average, S, count, n);
-    read_state(tile.square_before, square, S, count, n);
+    read_state(tile.square_before, square, SQUARES, count, n);
     prefetch_tile<Stored>(work, begin + count, int(std::min<int64_t>(TILE, n - begin - count)));
     NoTrace none;
     forward_tile(rule, above, tile, none, count);
     write_state<H>(hidden, tile.hidden, tile.grad, count, n, key);
     write_state<S>(average, tile.average, tile.grad, count, n, key + 1);
-    write_state<S>(square, tile.square, tile.grad, count, n, key + 2);
+    write_state<SQUARES>(square, tile.square, tile.grad, count, n, key + 2);
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 16
         for (int p = 0; p < TILE; p += WIDTH<float>)
@@ -254,6 +254,10 @@ void measure(
         for (int i = 0; i < 3 * H; i++)
             here.biases[i] = rule.gate_bias(i, told[i * tensors], told[3 * H * tensors]);
         here.remembers = told[(3 * H + 1) * tensors];
+        if constexpr (LONG) {
+            here.decay = told[(3 * H + 2) * tensors];
+            here.power = told[(3 * H + 3) * tensors];
+        }
         std::fill_n(scratch.tile.inputs[F - 1], TILE, told[3 * H * tensors]);
         std::fill_n(scratch.sums.rows, ROWS, Lanes<float>{});
         const uint32_t key = rounding_key(above, tensors, chunk.tensor, log_rates);
