@@ -123,11 +123,14 @@ def nearest_bfloat16(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", rounded)
 
 
-CASES = {  # types of parameters that live together, shapes, type of the state, readouts
-    "single": ([torch.float32], SHAPES, torch.float32, ("direction", "attention")),
-    "double": ([torch.float64], SHAPES[1:3], torch.float32, ("direction",)),
-    "half": ([torch.bfloat16, torch.float16], SHAPES[1:3], torch.float32, ("direction",)),
-    "bfloat16 state": ([torch.float32], SHAPES[1:3], torch.bfloat16, ("direction", "attention")),
+ATTENTION = {"readouts": ("direction", "attention")}
+CASES = {  # types of parameters that live together, shapes, type of the state, parts of the rule
+    "single": ([torch.float32], SHAPES, torch.float32, ATTENTION),
+    "double": ([torch.float64], SHAPES[1:3], torch.float32, {}),
+    "half": ([torch.bfloat16, torch.float16], SHAPES[1:3], torch.float32, {}),
+    "bfloat16 state": ([torch.float32], SHAPES[1:3], torch.bfloat16, ATTENTION),
+    "long scale": ([torch.float32], SHAPES, torch.float32, {"scale_memory": 7.0}),
+    "long scale in bfloat16": ([torch.float32], SHAPES[1:3], torch.bfloat16, {"scale_memory": 7.0, **ATTENTION}),
 }
 
 
@@ -136,9 +139,9 @@ CASES = {  # types of parameters that live together, shapes, type of the state, 
 def test_steps_equal_the_eager_steps(case, nearest_bfloat16, monkeypatch):
     """Parameters, state and lookaheads after many steps, over shapes, layouts in memory and types."""
     monkeypatch.setattr(triton_kernel, "CHUNK", 256)  # tensors end within tiles of 128, between tiles, between chunks
-    dtypes, shapes, state_dtype, readouts = CASES[case]
+    dtypes, shapes, state_dtype, parts = CASES[case]
     kernel = triton_kernel.TritonKernel()
-    given = (random_rule(readouts=readouts, **SMALL), shapes, dtypes, state_dtype, "cpu", monkeypatch)
+    given = (random_rule(**parts, **SMALL), shapes, dtypes, state_dtype, "cpu", monkeypatch)
     expected = Training(EagerKernel(), *given).run(20)
     actual = Training(kernel, *given).run(20)
     assert set(kernel._reasons.values()) == {None}
@@ -323,8 +326,8 @@ def test_auto_takes_it_for_cuda_tensors_alone(monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize(("param", "state"), [("float32", "float32"), ("float64", "bfloat16")])
-def test_it_compiles_for_an_h200(param, state, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("param", "state", "long"), [("float32", "float32", 0), ("float64", "bfloat16", 1)])
+def test_it_compiles_for_an_h200(param, state, long, tmp_path, monkeypatch):
     """Down to machine code, by the compiler that Triton brings; the interpreter takes more than the compiler does."""
     import triton
     from triton import language as tl
@@ -334,7 +337,18 @@ def test_it_compiles_for_an_h200(param, state, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"PARAM": getattr(tl, param), "GRAD": getattr(tl, param), "STATE": getattr(tl, state)}
     numbers = {"GRAD_LIMIT": 1e15, "SQUARE_FLOOR": 1e-18, "MAX_LOGIT": 9.2, "BOUND": 2.0}
-    constants = {**types, **numbers, "H0": 2, "S": 2, "R": 2, "ROWS": 11, "WIDTH": 16, "CHUNK": 256, "TILE": 128}
+    constants = {
+        **types,
+        **numbers,
+        "H0": 2,
+        "S": 2,
+        "R": 2,
+        "LONG": long,
+        "ROWS": 11,
+        "WIDTH": 16,
+        "CHUNK": 256,
+        "TILE": 128,
+    }
     scalars = {"tensors": "*i64", "chunks": "*i32", "proceed": "*i32"}
     scalars |= {"tensor_count": "i32", "first_chunk": "i32"}
     for function in (triton_device.measure, triton_device.reduce, triton_device.apply):
@@ -351,9 +365,9 @@ def test_it_compiles_for_an_h200(param, state, tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_steps_on_a_gpu_equal_the_eager_steps(case, monkeypatch):
-    dtypes, _, state_dtype, readouts = CASES[case]
+    dtypes, _, state_dtype, parts = CASES[case]
     kernel = triton_kernel.TritonKernel()
-    given = (random_rule(readouts=readouts), [*SHAPES, (130, 170)], dtypes, state_dtype, "cuda", monkeypatch)
+    given = (random_rule(**parts), [*SHAPES, (130, 170)], dtypes, state_dtype, "cuda", monkeypatch)
     expected = Training(EagerKernel(), *given).run(20)
     actual = Training(kernel, *given).run(20)
     assert set(kernel._reasons.values()) == {None}

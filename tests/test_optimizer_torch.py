@@ -324,6 +324,23 @@ def test_other_weights_are_adapted_if_asked_for():
     assert int(again.state[again.param_groups[0]["params"][0]]["age"]) == 6
 
 
+@pytest.mark.parametrize("memories", [(0, 20), (20, 0), (5, 20)])
+def test_weights_with_and_without_a_long_memory_are_adapted_to(memories):
+    """A long average that was not kept begins with what the short one is."""
+    before, after = (other_rule(scale_memory=memory) for memory in memories)
+    module = Regression()
+    optimizer = HRNN(module.parameters(), weights=before)
+    steps(optimizer, module, Batches(3))
+    twin = HRNN(module.parameters(), weights=after, other_weights="adapt")
+    with pytest.warns(UserWarning, match="hidden states start anew"):
+        twin.load_state_dict(optimizer.state_dict())
+    for theirs, mine in zip(optimizer.state.values(), twin.state.values(), strict=True):
+        long = theirs["square"][-1:] if memories[0] else theirs["square"][:1]
+        assert torch.equal(mine["square"], torch.cat([theirs["square"][:4], *([long] if memories[1] else [])]))
+    steps(twin, module, Batches(3))
+    assert all(value.isfinite().all() for state in twin.state.values() for value in state.values())
+
+
 @pytest.mark.parametrize("config", [{"timescales": 3}, {"rate": "smoothed"}])
 def test_other_weights_of_another_shape_cannot_be_adapted(config):
     _, optimizer = trained()

@@ -49,6 +49,8 @@ RULES = {
     "warming up until rates settle": ("default", {"warm_up": 0.1, "drift_settles": 4.5}),
     "warming up": ("default", {"warm_up": 0.1}),
     "settling": ("default", {"drift_settles": 2.0}),
+    "a long memory of scales": ("default", {"scale_memory": 3, "readouts": ("direction", "attention")}),
+    "the paper's with a long memory": ("paper", {"scale_memory": 100}),
     "without scaling": ("default", {"without": ("input_scaling", "output_scaling")}),
     "without levels": ("default", {"without": ("tensor_level", "global_level", "gradient_shortcut")}),
     "without the global level": ("paper", {"without": ("global_level", "gradient_shortcut")}),
@@ -117,6 +119,7 @@ class Equations:
                         "h": self.w["param_rnn.initial"],
                         "m": [0.0] * rule.config.timescales,
                         "v": [0.0] * rule.config.timescales,
+                        "long v": 0.0,
                         "l": log_rate,
                     }
                     for _ in range(size)
@@ -152,27 +155,38 @@ class Equations:
         }
         return np.array([value for name in self.config.features for value in made[name]])
 
-    def step_param(self, param, g, bias, first, relative_rate):
+    def long_scale(self, param, tensor):
+        """Update the long average of a parameter's squares; return what directions are multiplied by."""
+        if not self.config.scale_memory:
+            return 1.0
+        decay = min(tensor["age"] / (tensor["age"] + 1), 1 - 1 / self.config.scale_memory)
+        param["long v"] = decay * param["long v"] + (1 - decay) * param["v"][0]
+        count, of_model = (len(tensor["params"]), sum(len(other["params"]) for other in self.tensors))
+        power = self.w["long_scaling"][:, 0] @ [1.0, math.log(1e4 / count), math.log(1e4 / of_model)]
+        return (param["v"][0] / param["long v"]) ** (0.5 * min(max(power, 0.0), 1.0))
+
+    def step_param(self, param, g, bias, tensor, relative_rate):
         """Update one parameter's state; return its inputs, directions and the factor on exp(l)."""
         w, h = self.w, param["h"]
         g = min(max(g, -1e15), 1e15)
         decay, scale_decay = (sigmoid(min(w["decay_weight"][k] @ h + w["decay_bias"][k], 9.2)) for k in range(2))
         x = []
         for s in range(self.config.timescales):
-            b, c = (0.0, 0.0) if first else (decay ** (1 / 2**s), scale_decay)
+            b, c = (0.0, 0.0) if tensor["age"] == 0 else (decay ** (1 / 2**s), scale_decay)
             param["m"][s] = b * param["m"][s] + (1 - b) * g
             param["v"][s] = c * param["v"][s] + (1 - c) * (param["m"][s] ** 2 + 1e-18)
             scale = 1.0 if "input_scaling" in self.config.without else math.sqrt(param["v"][s])
             x.append(math.asinh(param["m"][s] / scale))
         inputs = self.features(x, param["v"], relative_rate)
         param["h"] = h = self.gru("param_rnn", inputs, h, bias)
-        directions = []
+        directions, long_scale = [], self.long_scale(param, tensor)
         for name in self.config.readouts:
             weight, shortcut = w[f"directions.{name}.weight"], w[f"directions.{name}.shortcut"]
             if self.config.direction == "gated":
                 directions.append(sum((shortcut[s] + weight[s] @ h) * x[s] for s in range(len(x))))
             else:
                 directions.append(weight[0] @ h + sum(shortcut[s] * x[s] for s in range(len(x))))
+        directions = [direction * long_scale for direction in directions]
         if self.config.rate == "bounded":
             bound = self.config.momentary_bound
             raw = w["rate.momentary"][0] @ h + w["rate.momentary_bias"][0]
@@ -194,7 +208,7 @@ class Equations:
             results, rates = [], []
             for param, g in zip(tensor["params"], tensor_grads, strict=True):
                 own = tensor["l"] if self.config.rate == "bounded" else param["l"]
-                results.append(self.step_param(param, g, bias, tensor["age"] == 0, own - mean_log_rate))
+                results.append(self.step_param(param, g, bias, tensor, own - mean_log_rate))
                 rates.append(math.exp(own))
             size = math.sqrt(sum(g**2 for g in tensor_grads) / count + 1e-30)
             size = min(size, 1e15)
@@ -301,7 +315,7 @@ def test_rule_equals_its_equations(name):
     expected_state = {
         "hidden": np.stack([param["h"] for param in params], 1),
         "average": np.array([param["m"] for param in params]).T,
-        "square": np.array([param["v"] for param in params]).T,
+        "square": np.array([param["v"] + [param["long v"]] * (rule.config.scale_memory > 0) for param in params]).T,
         "log_rate": np.array([value["l"] for value in (params if per_param else tensors)]),
         "tensor_hidden": np.stack([tensor["t"] for tensor in tensors], 1),
         "global_hidden": np.stack([reference.u for reference in references], 1),
@@ -332,10 +346,13 @@ def meta_loss(rule):
     return loss if output.lookahead is None else loss + 20 * (output.lookahead * weights.flip(0)).sum()
 
 
-@pytest.mark.parametrize("name", ["default with attention", "paper with attention"])
+@pytest.mark.parametrize("name", ["default with attention", "paper with attention", "a long memory of scales"])
 def test_meta_gradient_equals_finite_differences(name):
     """Along a random direction of every meta-parameter, one by one, which also says that each receives gradient."""
-    rule, width = make_rule(name), 1e-5
+    rule, width = make_rule(name), 4e-6
+    if rule.config.scale_memory:
+        with torch.no_grad():  # powers of 0 to 1: a clip lets gradients through that differences do not see
+            rule.long_scaling.copy_(torch.tensor([[0.5], [0.02], [-0.03]]))
     meta_loss(rule).backward()
     for key, param in rule.named_parameters():
         direction = torch.randn_like(param)

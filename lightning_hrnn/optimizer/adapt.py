@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from lightning_hrnn.optimizer.state import LOG_PEAK, NOTE, note_of
 
 OtherWeights = Literal["refuse", "adapt"]
@@ -31,8 +34,20 @@ def adapt_state(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     for index, values in saved["state"].items():
         fresh = own["state"][ids[index]]
         state[index] = {**fresh, **{key: values[key] for key in CARRIED if key in values and key in fresh}}
+        state[index]["square"] = _with_rows(state[index]["square"], len(fresh["square"]))
     skipped = note_of(saved).get("skipped_steps", 0)
     return {**saved, "state": state, NOTE: {**own[NOTE], "skipped_steps": skipped}}
+
+
+def _with_rows(square: Tensor, rows: int) -> Tensor:
+    """Let a long average of squares begin with what its first average is, or leave it out.
+
+    Args:
+        square: mean squares of the averages, with a long one or without. [S, ...] or [S + 1, ...]
+        rows: how many are needed.
+    """
+    has = square.shape[:1]
+    return torch.cat([square, square[:1]]) if has == (rows - 1,) else square[:rows] if has == (rows + 1,) else square
 
 
 def _ids(state_dict: dict[str, Any]) -> list[Any]:

@@ -201,7 +201,7 @@ def reconfigured(rule: HierarchicalRNN, config: RuleConfig) -> HierarchicalRNN:
 
     What rates are read from is matched by name. Inputs that are new to the rule begin without a say, and other parts
     that it did without begin as in a new rule, attention as a copy of its direction. Parts of the configuration's own
-    that may be left out are attention, what rates are read from, slowing down and annealing.
+    that may be left out are attention, what rates are read from, slowing down, annealing and the long memory of scales.
 
     Raises:
         RuntimeError: the configuration needs meta-parameters of other shapes.
@@ -233,6 +233,7 @@ def _left_out(key: str, config: RuleConfig) -> bool:
         or (key == "rate.slowing" and not config.slows)
         or (key == "rate.annealing" and not config.anneals)
         or (key == "rate.slowing_by_length" and not config.slows_by_length)
+        or (key == "long_scaling" and not config.scale_memory)
     )
 
 

@@ -23,6 +23,7 @@ EVERY_PART = RuleConfig(  # of a rule with bounded rates
     anneals=True,
     warm_up=0.5,
     drift_settles=10.0,
+    scale_memory=20.0,
 )
 
 

@@ -47,8 +47,9 @@ class FromAbove(NamedTuple):
     def part(self, tensors: slice) -> FromAbove:
         """Return what is said to some of the tensors."""
         said = (self.bias, self.log_rate, self.mean_log_rate, self.remembers)
+        bias, log_rate, mean_log_rate, remembers = (value[..., tensors] for value in said)
         long_scale = self.long_scale and LongScale(*(value[tensors] for value in self.long_scale))
-        return FromAbove(*(value[..., tensors] for value in said), long_scale, self.proceed)
+        return FromAbove(bias, log_rate, mean_log_rate, remembers, long_scale, self.proceed)
 
 
 class Sums(NamedTuple):

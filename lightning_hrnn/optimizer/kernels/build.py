@@ -80,7 +80,9 @@ def operators(config: RuleConfig) -> Any:
 def rule_library(config: RuleConfig) -> Library:
     """Describe the library of the operators for a rule's sizes."""
     sizes = {"HIDDEN": config.param_hidden, "TIMESCALES": config.timescales, "SQUARES": config.squares}
-    return Library(tuple(FOLDER / source for source in SOURCES), tuple(f"HRNN_{name}={size}" for name, size in sizes.items()))
+    return Library(
+        tuple(FOLDER / source for source in SOURCES), tuple(f"HRNN_{name}={size}" for name, size in sizes.items())
+    )
 
 
 @cache

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_hrnn.optimizer.features import GRAD_LIMIT, SQUARE_FLOOR
+from lightning_hrnn.optimizer.features import GRAD_LIMIT, SQUARE_FLOOR, LongScale
 from lightning_hrnn.optimizer.hierarchical_rnn import MAX_DECAY_LOGIT, HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, triton_device
 from lightning_hrnn.optimizer.kernels.cpp import packed, why_unsupported
@@ -150,7 +150,7 @@ class TritonKernel:
                 grad=torch.zeros(1, dtype=grad, device=device),
                 hidden=torch.zeros(config.param_hidden, 1, dtype=state, device=device),
                 average=torch.zeros(config.timescales, 1, dtype=state, device=device),
-                square=torch.zeros(config.timescales, 1, dtype=state, device=device),
+                square=torch.zeros(config.squares, 1, dtype=state, device=device),
                 log_rate=torch.zeros((), dtype=torch.float32, device=device),
                 lookahead=torch.zeros(1, dtype=param, device=device) if len(config.readouts) > 1 else None,
                 lr=0.0,
@@ -160,7 +160,8 @@ class TritonKernel:
         ]
         zeros = torch.zeros(3 * config.param_hidden, len(work), dtype=torch.float32, device=device)
         try:
-            sums, pending = self._measure(rule, work, FromAbove(zeros, zeros[0], zeros[0], zeros[0]))
+            long_scale = LongScale(zeros[0], zeros[0]) if config.scale_memory else None
+            sums, pending = self._measure(rule, work, FromAbove(zeros, zeros[0], zeros[0], zeros[0], long_scale))
             self._apply(pending, torch.ones_like(sums.squares))
         except Exception as error:  # a compiler or a driver that is not as Triton expects
             self.failure = f"It failed with {type(error).__name__}: {error}"
@@ -178,6 +179,8 @@ class TritonKernel:
         gate_bias = 3 * h0 * (3 * scales + h0) + h0 * (3 + readouts * scales)  # where it begins: see `packed`
         bias = above.bias + meta[gate_bias : gate_bias + 3 * h0, None]
         log_rate, mean_log_rate, remembers = (value.contiguous() for value in above[1:4])
+        long_scale = above.long_scale or LongScale(remembers, remembers)  # which nobody looks at
+        long_decay, long_power = (value.contiguous() for value in long_scale)
         proceed = log_rate.new_ones((), dtype=torch.int32) if above.proceed is None else above.proceed.to(torch.int32)
         steps = meta.new_empty(tables.steps)
         partial = meta.new_empty(len(tables.chunks), width)
@@ -186,8 +189,9 @@ class TritonKernel:
             for types, first, chunks in tables.launches:
                 triton_device.measure[(chunks,)](
                     tables.tensors, tables.chunks, partial, steps, meta, bias, log_rate, mean_log_rate, remembers,
-                    proceed, len(work), first, GRAD_LIMIT, SQUARE_FLOOR, MAX_DECAY_LOGIT, config.momentary_bound, h0,
-                    scales, readouts, width, *map(_language, types), CHUNK, TILE, num_warps=1, enable_fp_fusion=True,
+                    long_decay, long_power, proceed, len(work), first, GRAD_LIMIT, SQUARE_FLOOR, MAX_DECAY_LOGIT,
+                    config.momentary_bound, h0, scales, readouts, config.squares - scales, width,
+                    *map(_language, types), CHUNK, TILE, num_warps=1, enable_fp_fusion=True,
                 )  # fmt: skip
             triton_device.reduce[(len(work),)](
                 tables.tensors, partial, sums, len(work), rows, width, 256, num_warps=8, enable_fp_fusion=True

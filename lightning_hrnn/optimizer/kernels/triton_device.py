@@ -12,7 +12,7 @@ Legend: `T` tensors, `B` chunks of all tensors, `R` readouts, `S` timescales, `H
 
 # Triton's language has no unpacking, and tuples there change their type as they grow.
 # ruff: noqa: RUF005, SIM108, SIM300
-# mypy: disable-error-code=assignment
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -234,6 +234,8 @@ def measure_tile(
     bias_stride: tl.tensor,
     relative_rate: tl.tensor,
     remembers: tl.tensor,
+    long_decay: tl.tensor,
+    long_power: tl.tensor,
     key: tl.tensor,
     GRAD_LIMIT: tl.constexpr,
     SQUARE_FLOOR: tl.constexpr,
@@ -242,6 +244,7 @@ def measure_tile(
     H0: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
+    LONG: tl.constexpr,
     WIDTH: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -269,7 +272,7 @@ def measure_tile(
     square_at = pointer(row, 4, STATE) + first
     hidden = load_rows(hidden_at, count, lane, inside, H0)
     average = load_rows(average_at, count, lane, inside, S)
-    square = load_rows(square_at, count, lane, inside, S)
+    square = load_rows(square_at, count, lane, inside, S + LONG)
 
     decay = decay_of(affine(meta + DECAY, tl.load(meta + DECAY_BIAS), hidden), MAX_LOGIT)
     scale_logit = affine(meta + DECAY + H0, tl.load(meta + DECAY_BIAS + 1), hidden)
@@ -282,6 +285,11 @@ def measure_tile(
         next_average = next_average + (mean,)
         next_square = next_square + (scale_decay * square[s] + (1.0 - scale_decay) * (mean * mean + SQUARE_FLOOR),)
         decay = tl.sqrt_rn(decay)
+    long_scale = 1.0
+    if LONG:
+        long = long_decay * square[S] + (1.0 - long_decay) * next_square[0]
+        long_scale = tl.exp2(0.5 * long_power * (tl.log2(next_square[0]) - tl.log2(long)))
+        next_square = next_square + (long,)
     store_rows(average_at, next_average, count, lane, inside, seed ^ 0x68E31DA4, STATE)
     store_rows(square_at, next_square, count, lane, inside, seed ^ 0x35297A4D, STATE)
 
@@ -300,6 +308,7 @@ def measure_tile(
         for s in tl.static_range(S):
             weights = meta + READOUT + (r * S + s) * H0
             direction += affine(weights, tl.load(meta + SHORTCUT + r * S + s), after) * x[s]
+        direction *= long_scale
         tl.store((steps + r * count) + lane, direction * factor, mask=inside)
         squares = squares + (direction * direction,)
     return summed(sums, H0 + F, squares, inside, WIDTH)
@@ -320,7 +329,9 @@ def measure_tile(
 
 @jit(
     do_not_specialize=["tensor_count", "first_chunk"],
-    do_not_specialize_on_alignment=["bias", "log_rate", "mean_log_rate", "remembers", "proceed"],
+    do_not_specialize_on_alignment=[
+        *("bias", "log_rate", "mean_log_rate", "remembers", "long_decay", "long_power", "proceed")
+    ],
 )
 def measure(
     tensors: tl.tensor,  # [T, 18] int64
@@ -332,6 +343,8 @@ def measure(
     log_rate: tl.tensor,  # [T]
     mean_log_rate: tl.tensor,  # [T]
     remembers: tl.tensor,  # [T]
+    long_decay: tl.tensor,  # [T] where there is a long average, else anything
+    long_power: tl.tensor,  # [T]
     proceed: tl.tensor,  # [] 1, or 0 to leave all as it is
     tensor_count: int,  # T
     first_chunk: int,
@@ -342,6 +355,7 @@ def measure(
     H0: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
+    LONG: tl.constexpr,
     WIDTH: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -374,6 +388,8 @@ def measure(
             tensor_count,
             relative_rate,
             tl.load(remembers + tensor),
+            tl.load(long_decay + tensor),
+            tl.load(long_power + tensor),
             key,
             GRAD_LIMIT,
             SQUARE_FLOOR,
@@ -382,6 +398,7 @@ def measure(
             H0,
             S,
             R,
+            LONG,
             WIDTH,
             PARAM,
             GRAD,
