@@ -349,7 +349,7 @@ def meta_loss(rule):
 @pytest.mark.parametrize("name", ["default with attention", "paper with attention", "a long memory of scales"])
 def test_meta_gradient_equals_finite_differences(name):
     """Along a random direction of every meta-parameter, one by one, which also says that each receives gradient."""
-    rule, width = make_rule(name), 4e-6
+    rule, width = make_rule(name), 1e-5
     if rule.config.scale_memory:
         with torch.no_grad():  # powers of 0 to 1: a clip lets gradients through that differences do not see
             rule.long_scaling.copy_(torch.tensor([[0.5], [0.02], [-0.03]]))
@@ -364,7 +364,7 @@ def test_meta_gradient_equals_finite_differences(name):
                 param.sub_(direction, alpha=sign * width)
         slope = (values[0] - values[1]) / (2 * width)
         assert param.grad is not None and param.grad.norm() > 0, key
-        assert (param.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6, abs=1e-7), key
+        assert (param.grad * direction).sum().item() == pytest.approx(slope, rel=3e-6, abs=1e-7), key
 
 
 @pytest.mark.parametrize("name", RULES)
