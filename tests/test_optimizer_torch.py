@@ -306,7 +306,7 @@ def test_other_weights_are_refused_with_the_two_mends():
 
 def test_other_weights_are_adapted_if_asked_for():
     module, optimizer = trained()
-    rule = other_rule(param_hidden=7, tensor_hidden=5)
+    rule = other_rule(param_hidden=7, tensor_hidden=5, scale_memory=100)
     twin = HRNN(module.parameters(), weights=rule, other_weights="adapt")
     start = copy.deepcopy(list(twin.state.values()))
     told = rf"made with the weights '{DEFAULT_WEIGHTS}'.*'custom'.*hidden states start anew"
