@@ -259,6 +259,9 @@ def test_a_folder_is_no_card(saved: Path) -> None:
         ("anneals", "yes"),
         ("warm_up", "5 %"),
         ("warm_up", 1.0),
+        ("warm_up", False),
+        ("peak_memory", True),
+        *(("scale_memory", value) for value in (-1, 0.5, math.inf, math.nan, True, "x", None)),
     ],
 )
 def test_fields_of_another_kind_are_refused(field: str, value: object) -> None:
@@ -327,6 +330,21 @@ def test_another_configuration_finds_its_meta_parameters_by_name() -> None:
     assert torch.equal(bare.rate.drift, tensor)
     with pytest.raises(RuntimeError, match="size mismatch"):
         reconfigured(rule, RuleConfig(tensor_hidden=30))
+
+
+def test_a_long_memory_of_scales_comes_and_goes() -> None:
+    """With the powers of `hrnn-v6`, which is `hrnn-v5` with one."""
+    before, after = load_pretrained("hrnn-v5"), load_pretrained("hrnn-v6")
+    made = reconfigured(before, after.config)
+    assert all(torch.equal(value, after.state_dict()[key]) for key, value in made.state_dict().items())
+    back = reconfigured(after, before.config)
+    assert back.state_dict().keys() == before.state_dict().keys()
+
+
+def test_a_number_too_large_for_a_float_is_refused() -> None:
+    with pytest.raises(ValueError, match="scale_memory must be"):
+        RuleConfig(scale_memory=10**400)
+    assert str(RuleConfig(scale_memory=-0.0).scale_memory) == "0.0"
 
 
 def test_weights_are_averaged_with_other_bounds(tmp_path: Path) -> None:

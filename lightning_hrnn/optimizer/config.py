@@ -68,9 +68,10 @@ class RuleConfig:
             the run too, if `drift_inputs` names it.
         anneals: `"bounded"` only: whether steps of a run of known length are multiplied by a learned power of the share
             of it that is left. That power depends on how few parameters a tensor and the model have.
-        scale_memory: steps over which the squares of a parameter's gradient average, by a learned power of which its
-            direction is scaled; 0 does without, and all depends on the short averages that the param RNN sees. A long
-            memory is what makes many small steps follow the mean of a skewed gradient, not its median.
+        scale_memory: steps over which the first of a parameter's mean squares is averaged once more; its direction is
+            scaled by a learned power of the first over that long average. 0 does without: directions are scaled by
+            the short averages alone that the param RNN sees, and many small steps follow the median of a skewed
+            gradient rather than its mean.
         warm_up: `"bounded"` only: share of a run of known length over which steps grow to their full length; less for
             models of less than ten thousand parameters, in proportion to the log of their number, and `drift_settles`
             steps at most: rates that settle during a warm-up are too high after it.
@@ -113,9 +114,9 @@ class RuleConfig:
             if not isinstance(size := getattr(self, field), int) or size < 1:
                 raise ValueError(f"{field} must be an integer of at least 1, not {size!r}.")
         for field in POSITIVE:
-            if not isinstance(bound := getattr(self, field), int | float) or not 0 < bound < math.inf:
-                raise ValueError(f"{field} must be positive and finite, not {bound!r}.")
-            object.__setattr__(self, field, float(bound))  # 7 and 7.0 are one rule, with one fingerprint
+            if not 0 < (bound := _number(given := getattr(self, field))) < math.inf:
+                raise ValueError(f"{field} must be positive and finite, not {given!r}.")
+            object.__setattr__(self, field, bound)  # 7 and 7.0 are one rule, with one fingerprint
         for field in ("slows", "anneals"):
             if not isinstance(flag := getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, not {flag!r}.")
@@ -132,14 +133,13 @@ class RuleConfig:
                 raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")
             if len(set(getattr(self, field))) < len(getattr(self, field)):
                 raise ValueError(f"{field} names one thing twice: {list(getattr(self, field))}.")
-        share: object = self.warm_up  # a card may hold anything
-        if not isinstance(share, int | float) or not 0 <= share < 1:
-            raise ValueError(f"warm_up must be a share of a run, from 0 to less than 1, not {share!r}.")
-        object.__setattr__(self, "warm_up", float(share))
-        memory: object = self.scale_memory
-        if not isinstance(memory, int | float) or not (memory == 0 or 1 <= memory < math.inf):
-            raise ValueError(f"scale_memory must be a number of steps, 1 or more, or 0 for none, not {memory!r}.")
-        object.__setattr__(self, "scale_memory", float(memory))
+        if not 0 <= (share := _number(self.warm_up)) < 1:
+            raise ValueError(f"warm_up must be a share of a run, from 0 to less than 1, not {self.warm_up!r}.")
+        object.__setattr__(self, "warm_up", share)
+        if not ((memory := _number(self.scale_memory)) == 0 or 1 <= memory < math.inf):
+            given = self.scale_memory
+            raise ValueError(f"scale_memory must be a number of steps, 1 or more, or 0 for none, not {given!r}.")
+        object.__setattr__(self, "scale_memory", memory)
         own = [field for field in ("slows", "anneals", "warm_up", "first_inputs") if getattr(self, field)]
         if self.rate != "bounded" and own:
             raise ValueError(f"Only 'bounded' rates slow down, anneal, warm up or begin differently: leave out {own}.")
@@ -181,6 +181,16 @@ class RuleConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def _number(value: object) -> float:
+    """Return what a card holds as a float: NaN for what is no number, infinity for one that is too large."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value) + 0.0  # -0.0 and 0.0 are one rule, too
+    except OverflowError:
+        return math.inf
 
 
 PRESETS = {

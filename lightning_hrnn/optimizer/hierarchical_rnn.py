@@ -317,7 +317,7 @@ class BoundedRate(nn.Module):
 
 
 def _clipped(power: Tensor, most: float) -> Tensor:
-    """Clip a power to 0 and more, gradients passing straight through."""
+    """Clip a power to between 0 and `most`, gradients passing straight through."""
     return power + (power.clamp(0.0, most) - power).detach()
 
 

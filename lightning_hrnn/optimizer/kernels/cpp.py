@@ -157,9 +157,10 @@ class _ParamLevel(torch.autograd.Function):
         to_grad, hidden, average, square, above, meta = ctx.library.param_level_backward(
             *given, *ctx.saved_tensors, ctx.bound, ctx.scales, with_grad
         )
-        to_bias, to_power = above.split([3 * len(hidden) + 1, len(above) - 3 * len(hidden) - 1])
-        none = torch.zeros_like(above[:1])  # no gradient flows through `remembers` and the long average's decay
-        above = torch.cat([to_bias, none, *([none, to_power] if len(to_power) else ())])
+        # What came are the rows of biases and relative rate, then that of the power, if the rule has one. No gradient
+        # flows through `remembers` and the long average's decay, which lie between them.
+        to_rate, to_power = above.tensor_split([3 * len(hidden) + 1])
+        above = torch.cat([to_rate, torch.zeros_like(above[: 1 + len(to_power)]), to_power])
         return None, None, None, None, None, to_grad if with_grad else None, hidden, average, square, above, meta
 
 

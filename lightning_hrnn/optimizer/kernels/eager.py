@@ -61,7 +61,7 @@ class EagerKernel:
                 above.long_scale,
             )
             for value, after in zip(state, (step.hidden, step.average, step.square), strict=True):
-                value[:, part] = where(above.proceed, after, value[:, part])
+                value[:, part] = where(above.proceed, _stored(after, value.dtype, above.bias, start), value[:, part])
             if step.log_rate is not None:
                 log_rate[part] = where(above.proceed, step.log_rate, log_rate[part])
             steps[:, part] = step.directions * step.factor
@@ -83,3 +83,32 @@ class EagerKernel:
             tensor.param.sub_(update if proceed is None else update.masked_fill_(proceed.logical_not(), 0.0))
             if tensor.lookahead is not None:
                 tensor.lookahead.copy_(where(proceed, lookahead[0], tensor.lookahead))
+
+
+def _stored(rows: Tensor, dtype: torch.dtype, bias: Tensor, start: int) -> Tensor:
+    """Round a state stochastically to bfloat16, if that is how it is kept: to nearest, slow averages would stand still.
+
+    As many random bits are added as will be cut off. They are a hash of what the levels above say, which changes from
+    step to step, and of the place of the value: the same on every rank and after a resume.
+
+    Args:
+        rows: of the state. [K, n]
+        dtype: of the state.
+        bias: of the gates of this tensor's parameters, from the levels above. [3 H0, 1]
+        start: place of the first parameter in its tensor.
+    """
+    if dtype != torch.bfloat16:
+        return rows
+    key = bias.float().view(torch.int32).sum().to(torch.int32)
+    place = torch.arange(start, start + rows.shape[1], device=rows.device, dtype=torch.int32) * -0x61C88647
+    row = torch.arange(len(rows), device=rows.device, dtype=torch.int32)[:, None] * -0x7A143595
+    random = _scramble(_scramble(place ^ key) + row) & 0xFFFF
+    raised = (rows.float().contiguous().view(torch.int32) + random) & -0x10000
+    return raised.view(torch.float32).to(dtype)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """Mix the bits of 32-bit numbers: the finaliser of a multiplicative hash, as in the other kernels."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975
+    return x ^ (x >> 16 & 0xFFFF)
