@@ -336,19 +336,8 @@ def test_it_compiles_for_an_h200(param, state, long, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"PARAM": getattr(tl, param), "GRAD": getattr(tl, param), "STATE": getattr(tl, state)}
-    numbers = {"GRAD_LIMIT": 1e15, "SQUARE_FLOOR": 1e-18, "MAX_LOGIT": 9.2, "BOUND": 2.0}
-    constants = {
-        **types,
-        **numbers,
-        "H0": 2,
-        "S": 2,
-        "R": 2,
-        "LONG": long,
-        "ROWS": 11,
-        "WIDTH": 16,
-        "CHUNK": 256,
-        "TILE": 128,
-    }
+    numbers = {"GRAD_LIMIT": 1e15, "SQUARE_FLOOR": 1e-18, "MAX_LOGIT": 9.2, "BOUND": 2.0, "LONG": long}
+    constants = {**types, **numbers, "H0": 2, "S": 2, "R": 2, "ROWS": 11, "WIDTH": 16, "CHUNK": 256, "TILE": 128}
     scalars = {"tensors": "*i64", "chunks": "*i32", "proceed": "*i32"}
     scalars |= {"tensor_count": "i32", "first_chunk": "i32"}
     for function in (triton_device.measure, triton_device.reduce, triton_device.apply):

@@ -161,7 +161,7 @@ class Equations:
             return 1.0
         decay = min(tensor["age"] / (tensor["age"] + 1), 1 - 1 / self.config.scale_memory)
         param["long v"] = decay * param["long v"] + (1 - decay) * param["v"][0]
-        count, of_model = (len(tensor["params"]), sum(len(other["params"]) for other in self.tensors))
+        count, of_model = len(tensor["params"]), sum(len(other["params"]) for other in self.tensors)
         power = self.w["long_scaling"][:, 0] @ [1.0, math.log(1e4 / count), math.log(1e4 / of_model)]
         return (param["v"][0] / param["long v"]) ** (0.5 * min(max(power, 0.0), 1.0))
 

@@ -46,8 +46,9 @@ def _with_rows(square: Tensor, rows: int) -> Tensor:
         square: mean squares of the averages, with a long one or without. [S, ...] or [S + 1, ...]
         rows: how many are needed.
     """
-    has = square.shape[:1]
-    return torch.cat([square, square[:1]]) if has == (rows - 1,) else square[:rows] if has == (rows + 1,) else square
+    if square.shape[:1] == (rows - 1,):
+        return torch.cat([square, square[:1]])
+    return square[:rows] if square.shape[:1] == (rows + 1,) else square
 
 
 def _ids(state_dict: dict[str, Any]) -> list[Any]:

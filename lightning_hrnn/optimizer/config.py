@@ -68,13 +68,13 @@ class RuleConfig:
             the run too, if `drift_inputs` names it.
         anneals: `"bounded"` only: whether steps of a run of known length are multiplied by a learned power of the share
             of it that is left. That power depends on how few parameters a tensor and the model have.
+        warm_up: `"bounded"` only: share of a run of known length over which steps grow to their full length; less for
+            models of less than ten thousand parameters, in proportion to the log of their number, and `drift_settles`
+            steps at most: rates that settle during a warm-up are too high after it.
         scale_memory: steps over which the first of a parameter's mean squares is averaged once more; its direction is
             scaled by a learned power of the first over that long average. 0 does without: directions are scaled by
             the short averages alone that the param RNN sees, and many small steps follow the median of a skewed
             gradient rather than its mean.
-        warm_up: `"bounded"` only: share of a run of known length over which steps grow to their full length; less for
-            models of less than ten thousand parameters, in proportion to the log of their number, and `drift_settles`
-            steps at most: rates that settle during a warm-up are too high after it.
         peak_memory: steps in which that largest one fades to 1/e.
 
     Raises:

@@ -305,8 +305,7 @@ class BoundedRate(nn.Module):
             share = self.warm_up * (1 - layout.smallness[1] / math.log(MANY))
             pace = ((state.age + 1) / (share * state.run_length).clamp(1.0, max(1.0, self.settles))).clamp(max=1.0)
         if self.anneals:
-            power = _clipped(self.annealing[0] + (self.annealing[1:] * layout.smallness).sum(0), MAX_ANNEALING)
-            pace = pace * (1 - progress(state)) ** power
+            pace = pace * (1 - progress(state)) ** _power_by_size(self.annealing, layout, MAX_ANNEALING)
         return pace
 
     def stand_still(self) -> None:
@@ -319,6 +318,17 @@ class BoundedRate(nn.Module):
 def _clipped(power: Tensor, most: float) -> Tensor:
     """Clip a power to between 0 and `most`, gradients passing straight through."""
     return power + (power.clamp(0.0, most) - power).detach()
+
+
+def _power_by_size(readout: Tensor, layout: Layout, most: float) -> Tensor:
+    """Read a power from how few parameters tensor and model have, clipped as `_clipped` does. [T]
+
+    Args:
+        readout: a constant, then a number for each row of `Layout.smallness`. [3, 1] or [3, T]
+        layout: of the models.
+        most: the largest power.
+    """
+    return _clipped(readout[0] + (readout[1:] * layout.smallness).sum(0), most)
 
 
 class SmoothedRate(nn.Module):
@@ -548,8 +558,8 @@ class HierarchicalRNN(nn.Module):
         """
         decay_logits = self.decay_weight @ hidden + self.decay_bias[:, None]
         input_decay, scale_decay = decay_logits.clamp(max=MAX_DECAY_LOGIT).sigmoid()
-        decays = (input_decay, scale_decay, remembers, long_scale and long_scale.decay)
-        moments = update_moments(grad, Moments(average, square), *decays)
+        long_decay = None if long_scale is None else long_scale.decay
+        moments = update_moments(grad, Moments(average, square), input_decay, scale_decay, remembers, long_decay)
         scaled = scaled_gradient(moments, divide="input_scaling" not in self.config.without)
         inputs = Inputs(scaled, moments.square[: self.config.timescales], relative_rate.expand_as(grad))
         x = param_inputs(self.config.features, inputs)
@@ -572,8 +582,8 @@ class HierarchicalRNN(nn.Module):
         """
         if not (memory := self.config.scale_memory):
             return None
-        power = _clipped(self.long_scaling[0] + (self.long_scaling[1:] * layout.smallness).sum(0), 1.0)
-        return LongScale(decay=(age / (age + 1)).clamp(max=1 - 1 / memory), power=power)
+        decay = (age / (age + 1)).clamp(max=1 - 1 / memory)
+        return LongScale(decay, power=_power_by_size(self.long_scaling, layout, 1.0))
 
     def mean_log_rate(self, state: RuleState, layout: Layout) -> Tensor:
         """Average the log rate over each tensor, and that over the model. [T]"""

@@ -45,6 +45,7 @@ class EagerKernel:
         steps = above.bias.new_empty(len(rule.directions), count)
         pending.steps.append(steps)
         pooled = squares = param_square = above.bias.new_zeros(())
+        key = _rounding_key(above.bias) if tensor.hidden.dtype == torch.bfloat16 else None
         for start in range(0, count, CHUNK):
             part = slice(start, start + CHUNK)
             hidden, average, square = (value[:, part].to(dtype) for value in state)
@@ -60,8 +61,9 @@ class EagerKernel:
                 above.remembers,
                 above.long_scale,
             )
-            for value, after in zip(state, (step.hidden, step.average, step.square), strict=True):
-                value[:, part] = where(above.proceed, _stored(after, value.dtype, above.bias, start), value[:, part])
+            for number, (value, after) in enumerate(zip(state, (step.hidden, step.average, step.square), strict=True)):
+                kept = after if key is None else _rounded(after, key + number, start)
+                value[:, part] = where(above.proceed, kept, value[:, part])
             if step.log_rate is not None:
                 log_rate[part] = where(above.proceed, step.log_rate, log_rate[part])
             steps[:, part] = step.directions * step.factor
@@ -85,26 +87,27 @@ class EagerKernel:
                 tensor.lookahead.copy_(where(proceed, lookahead[0], tensor.lookahead))
 
 
-def _stored(rows: Tensor, dtype: torch.dtype, bias: Tensor, start: int) -> Tensor:
-    """Round a state stochastically to bfloat16, if that is how it is kept: to nearest, slow averages would stand still.
+def _rounding_key(bias: Tensor) -> Tensor:
+    """Make a 32-bit number of what the levels above say to a tensor, which changes from step to step. []"""
+    return bias.float().view(torch.int32).sum().to(torch.int32)
 
-    As many random bits are added as will be cut off. They are a hash of what the levels above say, which changes from
-    step to step, and of the place of the value: the same on every rank and after a resume.
+
+def _rounded(rows: Tensor, key: Tensor, start: int) -> Tensor:
+    """Round a state stochastically to bfloat16: to nearest, slow averages would stand still.
+
+    As many random bits are added as will be cut off. They are a hash of the key and of the place of the value: the same
+    on every rank and after a resume.
 
     Args:
         rows: of the state. [K, n]
-        dtype: of the state.
-        bias: of the gates of this tensor's parameters, from the levels above. [3 H0, 1]
+        key: another one for every step and state. []
         start: place of the first parameter in its tensor.
     """
-    if dtype != torch.bfloat16:
-        return rows
-    key = bias.float().view(torch.int32).sum().to(torch.int32)
     place = torch.arange(start, start + rows.shape[1], device=rows.device, dtype=torch.int32) * -0x61C88647
     row = torch.arange(len(rows), device=rows.device, dtype=torch.int32)[:, None] * -0x7A143595
     random = _scramble(_scramble(place ^ key) + row) & 0xFFFF
     raised = (rows.float().contiguous().view(torch.int32) + random) & -0x10000
-    return raised.view(torch.float32).to(dtype)
+    return raised.view(torch.float32).to(torch.bfloat16)
 
 
 def _scramble(x: Tensor) -> Tensor:

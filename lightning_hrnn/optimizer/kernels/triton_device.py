@@ -12,7 +12,7 @@ Legend: `T` tensors, `B` chunks of all tensors, `R` readouts, `S` timescales, `H
 
 # Triton's language has no unpacking, and tuples there change their type as they grow.
 # ruff: noqa: RUF005, SIM108, SIM300
-# mypy: disable-error-code="assignment, misc"
+# mypy: disable-error-code=assignment
 
 from __future__ import annotations
 
@@ -287,8 +287,9 @@ def measure_tile(
         decay = tl.sqrt_rn(decay)
     long_scale = 1.0
     if LONG:
-        long = long_decay * square[S] + (1.0 - long_decay) * next_square[0]
-        long_scale = tl.exp2(0.5 * long_power * (tl.log2(next_square[0]) - tl.log2(long)))
+        first_square = next_square[0]  # type: ignore[misc]
+        long = long_decay * square[S] + (1.0 - long_decay) * first_square
+        long_scale = tl.exp2(0.5 * long_power * (tl.log2(first_square) - tl.log2(long)))
         next_square = next_square + (long,)
     store_rows(average_at, next_average, count, lane, inside, seed ^ 0x68E31DA4, STATE)
     store_rows(square_at, next_square, count, lane, inside, seed ^ 0x35297A4D, STATE)
@@ -330,7 +331,13 @@ def measure_tile(
 @jit(
     do_not_specialize=["tensor_count", "first_chunk"],
     do_not_specialize_on_alignment=[
-        *("bias", "log_rate", "mean_log_rate", "remembers", "long_decay", "long_power", "proceed")
+        "bias",
+        "log_rate",
+        "mean_log_rate",
+        "remembers",
+        "long_decay",
+        "long_power",
+        "proceed",
     ],
 )
 def measure(
