@@ -359,9 +359,9 @@ def test_a_state_of_more_tensors_cannot_be_adapted():
         twin.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("key", ["lookahead", "log_peak"])
+@pytest.mark.parametrize("key", ["lookahead", "log_peak", "gradient_square"])
 def test_a_state_without_a_part_that_the_weights_need_is_refused(key):
-    config = RuleConfig(readouts=("direction", "attention"), slows=True)
+    config = RuleConfig(readouts=("direction", "attention"), slows=True, scale_memory=20, scale_inputs=("trend",))
     optimizer = HRNN([torch.nn.Parameter(torch.ones(2))], weights=HierarchicalRNN(config))
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["state"][0][key]
@@ -369,8 +369,8 @@ def test_a_state_without_a_part_that_the_weights_need_is_refused(key):
         optimizer.load_state_dict(saved)
 
 
-def test_peaks_are_carried_over_to_other_weights_that_know_them():
-    config = RuleConfig(slows=True)
+def test_sizes_of_gradients_are_carried_over_to_other_weights_that_know_them():
+    config = RuleConfig(slows=True, scale_memory=20, scale_inputs=("trend",))
     rules = [HierarchicalRNN(config), HierarchicalRNN(config), HierarchicalRNN()]
     params = [torch.nn.Parameter(torch.ones(2)) for _ in rules]
     one, other, without = (
@@ -382,7 +382,8 @@ def test_peaks_are_carried_over_to_other_weights_that_know_them():
         with pytest.warns(UserWarning, match="Averages, learned rates and ages are kept"):
             optimizer.load_state_dict(one.state_dict())
     assert other.state[params[1]]["log_peak"].item() == pytest.approx(math.log(3))
-    assert "log_peak" not in without.state[params[2]]
+    assert other.state[params[1]]["gradient_square"].tolist() == pytest.approx([9.0, 9.0])
+    assert not {"log_peak", "gradient_square"} & without.state[params[2]].keys()
 
 
 def test_other_weights_must_be_one_of_two():

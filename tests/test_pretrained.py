@@ -287,6 +287,8 @@ def test_unknown_presets_parts_and_sizes_are_refused() -> None:
         RuleConfig(drift_rise=-1.0)
     with pytest.raises(ValueError, match="first_inputs names one thing twice"):
         RuleConfig(first_inputs=("size", "size"))
+    with pytest.raises(ValueError, match=r"Unknown scale_inputs \['size'\]"):
+        RuleConfig(scale_inputs=("size",))
     with pytest.raises(ValueError, match="Only 'bounded' rates slow down"):
         RuleConfig.preset("paper", slows=True)
     with pytest.raises(ValueError, match="needs the readout 'direction' first"):
@@ -339,6 +341,18 @@ def test_a_long_memory_of_scales_comes_and_goes() -> None:
     assert all(torch.equal(value, after.state_dict()[key]) for key, value in made.state_dict().items())
     back = reconfigured(after, before.config)
     assert back.state_dict().keys() == before.state_dict().keys()
+
+
+def test_powers_of_the_long_memory_find_their_inputs_by_name() -> None:
+    """What is new says nothing; a rule that had no long memory starts from the powers of a new one."""
+    v6 = load_pretrained("hrnn-v6")
+    turned = reconfigured(v6, replace(v6.config, scale_inputs=("trend", "model_count")))
+    constant, _, model_count = v6.long_scaling.flatten().tolist()
+    assert turned.long_scaling.flatten().tolist() == [constant, 0.0, model_count]
+    fewer = reconfigured(v6, replace(v6.config, scale_inputs=()))
+    assert fewer.long_scaling.flatten().tolist() == [constant]
+    new = reconfigured(load_pretrained("hrnn-v5"), turned.config)
+    assert new.long_scaling.flatten().tolist() == pytest.approx([1.45, 1.0, -0.15])
 
 
 def test_a_number_too_large_for_a_float_is_refused() -> None:

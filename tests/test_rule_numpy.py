@@ -5,6 +5,7 @@ list of parameters, and each level is a loop over the one below.
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -51,6 +52,8 @@ RULES = {
     "settling": ("default", {"drift_settles": 2.0}),
     "a long memory of scales": ("default", {"scale_memory": 3, "readouts": ("direction", "attention")}),
     "the paper's with a long memory": ("paper", {"scale_memory": 100}),
+    "long scales by trend": ("default", {"scale_memory": 5, "scale_inputs": ("trend", "tensor_count")}),
+    "the paper's by trend": ("paper", {"scale_memory": 100, "scale_inputs": ("model_count", "trend")}),
     "without scaling": ("default", {"without": ("input_scaling", "output_scaling")}),
     "without levels": ("default", {"without": ("tensor_level", "global_level", "gradient_shortcut")}),
     "without the global level": ("paper", {"without": ("global_level", "gradient_shortcut")}),
@@ -114,6 +117,7 @@ class Equations:
                 "age": 0,
                 "l": log_rate,
                 "peak": 1e-15,
+                "gradient squares": [0.0, 0.0],
                 "params": [
                     {
                         "h": self.w["param_rnn.initial"],
@@ -162,7 +166,13 @@ class Equations:
         decay = min(tensor["age"] / (tensor["age"] + 1), 1 - 1 / self.config.scale_memory)
         param["long v"] = decay * param["long v"] + (1 - decay) * param["v"][0]
         count, of_model = len(tensor["params"]), sum(len(other["params"]) for other in self.tensors)
-        power = self.w["long_scaling"][:, 0] @ [1.0, math.log(1e4 / count), math.log(1e4 / of_model)]
+        of_late, for_long = (math.sqrt(square + 1e-30) for square in tensor["gradient squares"])
+        known = {
+            "tensor_count": math.log(1e4 / count),
+            "model_count": math.log(1e4 / of_model),
+            "trend": math.log(of_late / for_long),
+        }
+        power = self.w["long_scaling"][:, 0] @ [1.0, *(known[name] for name in self.config.scale_inputs)]
         return (param["v"][0] / param["long v"]) ** (0.5 * min(max(power, 0.0), 1.0))
 
     def step_param(self, param, g, bias, tensor, relative_rate):
@@ -214,6 +224,12 @@ class Equations:
             size = min(size, 1e15)
             tensor["peak"] = max(tensor["peak"] * math.exp(-1 / self.config.peak_memory), size)
             tensor["below"] = math.log(size / tensor["peak"])
+            for row, memory in enumerate((10.0, self.config.scale_memory or math.inf)):
+                decay = min(tensor["age"] / (tensor["age"] + 1), 1 - 1 / memory)
+                square = min(sum(g**2 for g in tensor_grads) / count, 1e30)
+                before = tensor["gradient squares"][row]
+                decay = decay if before > 0 else 0.0
+                tensor["gradient squares"][row] = decay * before + (1 - decay) * square
             if self.config.slows:
                 power = w["rate.slowing"][0]
                 if "length" in self.config.drift_inputs:
@@ -323,6 +339,8 @@ def test_rule_equals_its_equations(name):
     }
     if rule.rate_by_peak is not None:
         expected_state["log_peak"] = np.log([tensor["peak"] for tensor in tensors])
+    if rule.config.knows_trend:
+        expected_state["gradient_square"] = np.array([tensor["gradient squares"] for tensor in tensors]).T
     for key, expected in expected_state.items():
         np.testing.assert_allclose(getattr(state, key).detach().numpy(), expected, rtol=1e-9, atol=1e-13, err_msg=key)
 
@@ -346,13 +364,15 @@ def meta_loss(rule):
     return loss if output.lookahead is None else loss + 20 * (output.lookahead * weights.flip(0)).sum()
 
 
-@pytest.mark.parametrize("name", ["default with attention", "paper with attention", "a long memory of scales"])
+@pytest.mark.parametrize(
+    "name", ["default with attention", "paper with attention", "a long memory of scales", "long scales by trend"]
+)
 def test_meta_gradient_equals_finite_differences(name):
     """Along a random direction of every meta-parameter, one by one, which also says that each receives gradient."""
     rule, width = make_rule(name), 1e-5
     if rule.config.scale_memory:
         with torch.no_grad():  # powers of 0 to 1: a clip lets gradients through that differences do not see
-            rule.long_scaling.copy_(torch.tensor([[0.5], [0.02], [-0.03]]))
+            rule.long_scaling.copy_(torch.tensor([0.5, 0.02, -0.03])[: len(rule.long_scaling), None])
     meta_loss(rule).backward()
     for key, param in rule.named_parameters():
         direction, start, values = torch.randn_like(param), param.detach().clone(), []
@@ -461,6 +481,27 @@ def test_a_rate_begins_high_where_there_are_few_parameters():
         state = rule(torch.ones(21_020), torch.ones(4), rule.init(layout, -7.0), layout).state
     powers = [0.5 * math.log(1000), 0.5 * math.log(10), 0.0, 0.75 * math.log(1000)]
     assert (state.log_rate + 7).tolist() == pytest.approx(powers, abs=1e-5)
+
+
+def test_long_scales_fade_as_gradients_fall_away():
+    """The power follows the size of the gradient over the last steps beside that over the long memory."""
+    config = RuleConfig(scale_memory=100, scale_inputs=("trend",))
+    rule, layout, powers = HierarchicalRNN(config), Layout.of([3, 4]), []
+    with torch.no_grad():
+        rule.long_scaling.copy_(torch.tensor([[0.8], [0.5]]))
+        state = rule.init(layout, -3.0)
+        for step in range(100):
+            sizes = torch.tensor([1.0, 1.0 if step < 50 else 1e-3])  # the gradient of the second tensor falls away
+            grad = layout.to_params(sizes if step else 0 * sizes)  # which does not count while it is zero
+            state = rule(grad, torch.ones(2), state, layout).state
+            powers.append(rule.long_scale(state, layout).power.tolist())
+        bare = HierarchicalRNN(replace(config, scale_inputs=()))
+        assert bare.long_scale(bare.init(layout, -3.0), layout).power.tolist() == pytest.approx([0.95, 0.95])
+    assert [power for power, _ in powers] == pytest.approx([0.8] * 100, abs=1e-6)
+    assert powers[49][1] == pytest.approx(0.8, abs=1e-6)
+    of_late, for_long = 0.9**10 + (1 - 0.9**10) * 1e-6, 50 / 60 + 10 / 60 * 1e-6
+    assert powers[59][1] == pytest.approx(0.8 + 0.25 * math.log(of_late / for_long), abs=1e-2)
+    assert powers[99][1] == 0.0  # not below
 
 
 def test_steps_slow_down_with_the_gradient_and_peaks_fade():

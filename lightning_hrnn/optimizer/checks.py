@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.optimizer.sharding import why_unsupported
-from lightning_hrnn.optimizer.state import FALLBACK_LR, LOG_PEAK, LOOKAHEAD, STATE_KEYS, note_of
+from lightning_hrnn.optimizer.state import FALLBACK_LR, OPTIONAL_KEYS, STATE_KEYS, note_of
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def check_kind(state_dict: dict[str, Any]) -> None:
         )
     for index, state in state_dict["state"].items():
         missing = [key for key in STATE_KEYS if key not in state]
-        foreign = sorted(str(key) for key in state if key not in (*STATE_KEYS, LOOKAHEAD, LOG_PEAK))
+        foreign = sorted(str(key) for key in state if key not in (*STATE_KEYS, *OPTIONAL_KEYS))
         if missing or foreign:
             raise ValueError(
                 f"This is not the state of HRNN: parameter {index} has {sorted(map(str, state))}, of which HRNN does "

@@ -15,6 +15,7 @@ TENSOR_FEATURES = ("relative_update",)
 PARTS = ("input_scaling", "output_scaling", "gradient_shortcut", "tensor_level", "global_level")
 FIRST_INPUTS = ("size", "tensor_count", "model_count")
 DRIFT_INPUTS = ("tensor", "means", "global", "peak", "length")
+SCALE_INPUTS = ("tensor_count", "model_count", "trend")
 POSITIVE = (
     "drift_rise",
     "drift_fall",
@@ -75,6 +76,10 @@ class RuleConfig:
             scaled by a learned power of the first over that long average. 0 does without: directions are scaled by
             the short averages alone that the param RNN sees, and many small steps follow the median of a skewed
             gradient rather than its mean.
+        scale_inputs: what that power depends on, each by a learned number: how few parameters the tensor has
+            (`"tensor_count"`), how few the model has (`"model_count"`), and how large the tensor's gradient is of late
+            beside what it has long been (`"trend"`): where it falls away, all examples can be fitted, and the short
+            averages get further.
         peak_memory: steps in which that largest one fades to 1/e.
 
     Raises:
@@ -105,10 +110,12 @@ class RuleConfig:
     anneals: bool = False
     warm_up: float = 0.0
     scale_memory: float = 0.0
+    scale_inputs: tuple[str, ...] = ("tensor_count", "model_count")
     peak_memory: float = 600.0
 
     def __post_init__(self) -> None:
-        for field in ("features", "tensor_features", "readouts", "without", "first_inputs", "drift_inputs"):
+        names = ("features", "tensor_features", "readouts", "without", "first_inputs", "drift_inputs", "scale_inputs")
+        for field in names:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
             if not isinstance(size := getattr(self, field), int) or size < 1:
@@ -127,6 +134,7 @@ class RuleConfig:
             ("without", PARTS),
             ("first_inputs", FIRST_INPUTS),
             ("drift_inputs", DRIFT_INPUTS),
+            ("scale_inputs", SCALE_INPUTS),
         ):
             unknown = [name for name in getattr(self, field) if name not in known]
             if unknown:
@@ -155,6 +163,11 @@ class RuleConfig:
     def squares(self) -> int:
         """Count the averages of squared gradients."""
         return self.timescales + (self.scale_memory > 0)
+
+    @property
+    def knows_trend(self) -> bool:
+        """Tell whether the power of the long average depends on what becomes of the tensor's gradient."""
+        return self.scale_memory > 0 and "trend" in self.scale_inputs
 
     @property
     def slows_by_length(self) -> bool:

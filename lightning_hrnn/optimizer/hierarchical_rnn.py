@@ -45,8 +45,10 @@ SIZE_POWER = 0.75  # of a tensor's size, that a first rate starts from in meta-t
 LOG_RATE_RANGE = 33.0
 ANNEALING = (-0.3, 0.0, 0.2)  # that powers start from in meta-training: a constant, and for each of `COUNTS`
 MAX_ANNEALING = 2.0
-LONG_SCALING = (0.95, 0.0, -0.15)  # likewise; small problems bear short memories better
+LONG_SCALING = {"constant": 0.95, "tensor_count": 0.0, "model_count": -0.15, "trend": 1.0}  # likewise
+TREND_FREE = 0.5  # how far gradients fall, as a log, before powers that start from that do
 COUNTS = ("tensor_count", "model_count")  # the rows of `Layout.smallness`
+TREND_MEMORY = 10.0  # steps that count as of late
 LENGTH_INPUTS = 2  # see `BoundedRate.length_inputs`
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
@@ -64,6 +66,7 @@ class RuleState(NamedTuple):
     age: Tensor  # [T] steps taken
     log_peak: Tensor  # [T] log of the largest recent gradient, see `BoundedRate.peak`
     run_length: Tensor  # [T] steps of the run at whose end rates will have cooled down to zero; 0 where nobody knows
+    gradient_square: Tensor  # [2, T] mean square of the gradient, of late and for long, see `gradient_squares`
 
     def detach(self) -> RuleState:
         """Cut the state from the graph that made it."""
@@ -305,7 +308,7 @@ class BoundedRate(nn.Module):
             share = self.warm_up * (1 - layout.smallness[1] / math.log(MANY))
             pace = ((state.age + 1) / (share * state.run_length).clamp(1.0, max(1.0, self.settles))).clamp(max=1.0)
         if self.anneals:
-            pace = pace * (1 - progress(state)) ** _power_by_size(self.annealing, layout, MAX_ANNEALING)
+            pace = pace * (1 - progress(state)) ** _read_power(self.annealing, layout.smallness, MAX_ANNEALING)
         return pace
 
     def stand_still(self) -> None:
@@ -320,15 +323,20 @@ def _clipped(power: Tensor, most: float) -> Tensor:
     return power + (power.clamp(0.0, most) - power).detach()
 
 
-def _power_by_size(readout: Tensor, layout: Layout, most: float) -> Tensor:
-    """Read a power from how few parameters tensor and model have, clipped as `_clipped` does. [T]
+def _read_power(readout: Tensor, inputs: Tensor, most: float) -> Tensor:
+    """Read a power from what is known of each tensor, clipped as `_clipped` does. [T]
 
     Args:
-        readout: a constant, then a number for each row of `Layout.smallness`. [3, 1] or [3, T]
-        layout: of the models.
+        readout: a constant, then a number for each input. [1 + k, 1] or [1 + k, T]
+        inputs: what is known. [k, T]
         most: the largest power.
     """
-    return _clipped(readout[0] + (readout[1:] * layout.smallness).sum(0), most)
+    return _clipped(readout[0] + (readout[1:] * inputs).sum(0), most)
+
+
+def _decay(age: Tensor, memory: float) -> Tensor:
+    """Return the decay of an average over all steps at first, and over about `memory` of them later. [T]"""
+    return (age / (age + 1)).clamp(max=1 - 1 / memory)
 
 
 class SmoothedRate(nn.Module):
@@ -399,7 +407,9 @@ class HierarchicalRNN(nn.Module):
             self.directions[name].load_state_dict(self.directions["direction"].state_dict())
             self.reach = nn.Parameter(torch.ones(1))
         if config.scale_memory:
-            self.long_scaling = nn.Parameter(torch.tensor(LONG_SCALING)[:, None])
+            start = torch.tensor([LONG_SCALING[name] for name in ("constant", *config.scale_inputs)])
+            start[0] += TREND_FREE * LONG_SCALING["trend"] * config.knows_trend
+            self.long_scaling = nn.Parameter(start[:, None])
         widths = {"tensor": h1, "means": tensor_inputs, "global": h2, "peak": 1, "length": LENGTH_INPUTS}
         self.drift_widths = {name: widths[name] for name in config.drift_inputs}  # rows of the drift's readout
         drift_inputs = sum(self.drift_widths.values())
@@ -446,6 +456,11 @@ class HierarchicalRNN(nn.Module):
         return self.rate if isinstance(self.rate, BoundedRate) and asks else None
 
     @property
+    def sees_gradient_size(self) -> bool:
+        """Tell whether the rule looks at the size of each tensor's gradient."""
+        return self.rate_by_peak is not None or self.config.knows_trend
+
+    @property
     def pacing_rate(self) -> BoundedRate | None:
         """The rate, if steps grow and shrink as a run of known length goes on."""
         paces = self.config.anneals or self.config.warm_up > 0
@@ -475,6 +490,7 @@ class HierarchicalRNN(nn.Module):
             age=like.new_zeros(tensors),
             log_peak=like.new_full((tensors,), math.log(GRAD_RMS_FLOOR)),
             run_length=lengths.clone(),
+            gradient_square=like.new_zeros(2, tensors),
         )
 
     def forward(
@@ -498,10 +514,9 @@ class HierarchicalRNN(nn.Module):
         rate = state.log_rate.exp()
         rates = rate if self.rate_per_param else layout.to_params(rate)
         below = None
-        if (rate_by_peak := self.rate_by_peak) is not None:
-            mean_square = layout.mean_per_tensor(grad.detach().square())
-            log_peak, below = rate_by_peak.peak(mean_square, state.log_peak)
-            state = state._replace(log_peak=log_peak)
+        if self.sees_gradient_size:
+            state, below = self.with_gradient_size(layout.mean_per_tensor(grad.detach().square()), state)
+        if below is not None and (rate_by_peak := self.rate_by_peak) is not None:
             rates = rates * layout.to_params(rate_by_peak.slowed(below, state.run_length))
         if (pacing_rate := self.pacing_rate) is not None:
             rates = rates * layout.to_params(pacing_rate.paced(state, layout))
@@ -521,7 +536,7 @@ class HierarchicalRNN(nn.Module):
     def param_level(self, grad: Tensor, state: RuleState, bias: Tensor, layout: Layout) -> ParamLevel:
         """Take every parameter's step and average over tensors."""
         log_rate = state.log_rate if self.rate_per_param else layout.to_params(state.log_rate)
-        long_scale = self.long_scale(state.age, layout)
+        long_scale = self.long_scale(state, layout)
         param = self.param_step(
             grad,
             state.hidden,
@@ -570,20 +585,55 @@ class HierarchicalRNN(nn.Module):
         factor, next_log_rate = self.rate.factor(hidden, log_rate)
         return ParamStep(hidden, moments.average, moments.square, x, directions, factor, next_log_rate)
 
-    def long_scale(self, age: Tensor, layout: Layout) -> LongScale | None:
+    def long_scale(self, state: RuleState, layout: Layout) -> LongScale | None:
         """Return how directions are scaled by long averages, if they are; the clip of the power passes gradients.
 
-        The average is over all steps at first, and later over about `scale_memory` of them. The power is read from how
-        few parameters tensor and model have.
+        The average is over all steps at first, and later over about `scale_memory` of them. The power is read from what
+        `scale_inputs` names.
 
         Args:
-            age: steps that each tensor has taken. [T]
+            state: before the step.
             layout: of the models.
         """
         if not (memory := self.config.scale_memory):
             return None
-        decay = (age / (age + 1)).clamp(max=1 - 1 / memory)
-        return LongScale(decay, power=_power_by_size(self.long_scaling, layout, 1.0))
+        known = dict(zip(COUNTS, layout.smallness.split(1), strict=True))
+        if self.config.knows_trend:
+            of_late, for_long = (state.gradient_square + GRAD_RMS_FLOOR**2).log().split(1)
+            known["trend"] = 0.5 * (of_late - for_long)
+        inputs = torch.cat([layout.smallness[:0], *(known[name] for name in self.config.scale_inputs)])
+        return LongScale(_decay(state.age, memory), power=_read_power(self.long_scaling, inputs, 1.0))
+
+    def with_gradient_size(self, mean_square: Tensor, state: RuleState) -> tuple[RuleState, Tensor | None]:
+        """Note the size of each tensor's gradient, as far as the rule looks at it.
+
+        Args:
+            mean_square: of the gradient over each tensor. [T]
+            state: before the step.
+
+        Returns:
+            the state with it, and how far the gradient is below its peak, see `BoundedRate.peak`. [T]
+        """
+        below = None
+        if (rate := self.rate_by_peak) is not None:
+            log_peak, below = rate.peak(mean_square, state.log_peak)
+            state = state._replace(log_peak=log_peak)
+        if self.config.knows_trend:
+            state = state._replace(gradient_square=self.gradient_squares(mean_square, state))
+        return state, below
+
+    def gradient_squares(self, mean_square: Tensor, state: RuleState) -> Tensor:
+        """Average the size of each tensor's gradient over a few steps, and over `scale_memory` of them. [2, T]
+
+        Both begin with the first gradient that is not zero.
+
+        Args:
+            mean_square: of the gradient over each tensor. [T]
+            state: before the step.
+        """
+        decay = torch.stack([_decay(state.age, memory) for memory in (TREND_MEMORY, self.config.scale_memory)])
+        decay = decay * (state.gradient_square > 0)
+        return decay * state.gradient_square + (1 - decay) * mean_square.clamp(max=GRAD_LIMIT**2)
 
     def mean_log_rate(self, state: RuleState, layout: Layout) -> Tensor:
         """Average the log rate over each tensor, and that over the model. [T]"""
@@ -626,6 +676,7 @@ class HierarchicalRNN(nn.Module):
             age=state.age + 1,
             log_peak=state.log_peak,
             run_length=state.run_length,
+            gradient_square=state.gradient_square,
         )
 
 

@@ -18,7 +18,7 @@ from lightning_hrnn.optimizer.features import Layout, smallness
 from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel, RuleState
 from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, where
 from lightning_hrnn.optimizer.sharding import Ranks, local
-from lightning_hrnn.optimizer.state import LOG_PEAK
+from lightning_hrnn.optimizer.state import GRADIENT_SQUARE, LOG_PEAK
 
 GROUP_SIZE = 4_194_304  # parameters measured before they are applied: bounds what lies between the two passes
 
@@ -40,7 +40,7 @@ class Totals:
         self.rule, self.before, self.layout = rule, before, layout
         self.rows = [like.shape[1], len(rule.directions), 1, 1, 1]
         self.values = like.new_zeros(sum(self.rows), len(work))
-        if rule.rate_by_peak is not None:
+        if rule.sees_gradient_size:
             self.values[-2] = _squares([tensor.grad for tensor in work])
         self.values[-1] = _counts(tuple(tensor.param.numel() for tensor in work), like.device)
 
@@ -59,10 +59,9 @@ class Totals:
         return Sums(pooled, squares, param_square[0])
 
     @cached_property
-    def peaks(self) -> tuple[Tensor, Tensor] | None:
-        """What `BoundedRate.peak` returns for all tensors, if the rule asks; for when the ranks have added up."""
-        rate = self.rule.rate_by_peak
-        return None if rate is None else rate.peak(self.values[-2] / self.count, self.before.log_peak)
+    def noted(self) -> tuple[RuleState, Tensor | None]:
+        """What `HierarchicalRNN.with_gradient_size` returns for all tensors; for when the ranks have added up."""
+        return self.rule.with_gradient_size(self.values[-2] / self.count, self.before)
 
     @cached_property
     def paced(self) -> Tensor | None:
@@ -76,8 +75,8 @@ class Totals:
         scales = torch.ones_like(squares)
         if "output_scaling" not in self.rule.config.without:
             scales = (squares / self.count[part] + RMS_FLOOR).rsqrt()
-        if (rate := self.rule.rate_by_peak) is not None and (peaks := self.peaks) is not None:
-            scales = scales * rate.slowed(peaks[1][part], self.before.run_length[part])
+        if (rate := self.rule.rate_by_peak) is not None and (below := self.noted[1]) is not None:
+            scales = scales * rate.slowed(below[part], self.before.run_length[part])
         if self.paced is not None:
             scales = scales * self.paced[part]
         if len(scales) > 1:
@@ -144,6 +143,7 @@ def upper_state(states: States, rule: HierarchicalRNN, ranks: Ranks, run_length:
         age=ages,
         log_peak=torch.stack([state.get(LOG_PEAK, state["age"]) for state in states]),
         run_length=torch.full_like(ages, run_length),
+        gradient_square=torch.stack([state.get(GRADIENT_SQUARE, state["age"]) for state in states], -1),
     )
 
 
@@ -166,7 +166,7 @@ def from_above(rule: HierarchicalRNN, state: RuleState, layout: Layout) -> FromA
         log_rate=state.log_rate,
         mean_log_rate=layout.to_tensors(layout.mean_per_model(state.log_rate)),
         remembers=(state.age > 0).to(state.age.dtype),
-        long_scale=rule.long_scale(state.age, layout),
+        long_scale=rule.long_scale(state, layout),
     )
 
 
@@ -192,13 +192,15 @@ def step_upper_levels(
     """
     empty, means = before.hidden, totals.means()
     level = ParamLevel(empty, empty, empty, means.pooled, empty, log_rate=None)
-    log_peak, below = totals.peaks or (before.log_peak, None)
-    after = rule.upper_levels(level, means.param_square.sqrt(), before._replace(log_peak=log_peak), layout, below)
+    noted, below = totals.noted
+    after = rule.upper_levels(level, means.param_square.sqrt(), noted, layout, below)
     after = RuleState(*(where(proceed, *values) for values in zip(after, before, strict=True)))
     for key, values in (("tensor_hidden", after.tensor_hidden.unbind(1)), ("age", after.age.unbind())):
         torch._foreach_copy_([state[key] for state in states], list(values))
     if below is not None:
         torch._foreach_copy_([state[LOG_PEAK] for state in states], list(after.log_peak.unbind()))
+    if rule.config.knows_trend:
+        torch._foreach_copy_([state[GRADIENT_SQUARE] for state in states], list(after.gradient_square.unbind(1)))
     if not rule.rate_per_param:
         torch._foreach_copy_([state["log_rate"] for state in states], list(after.log_rate.unbind()))
     torch._foreach_copy_([state["global_hidden"] for state in model], [after.global_hidden[:, 0]] * len(model))

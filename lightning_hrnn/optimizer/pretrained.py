@@ -217,6 +217,10 @@ def reconfigured(rule: HierarchicalRNN, config: RuleConfig) -> HierarchicalRNN:
         if old.first_inputs and config.first_inputs:
             powers = dict(zip(old.first_inputs, rule.rate.first.detach(), strict=True))
             values["rate.first"] = torch.stack([powers.get(name, torch.zeros(1)) for name in config.first_inputs])
+    if old.scale_memory and config.scale_memory:
+        weights = dict(zip(old.scale_inputs, rule.long_scaling.detach()[1:], strict=True))
+        rows = [weights.get(name, torch.zeros(1)) for name in config.scale_inputs]
+        values["long_scaling"] = torch.stack([rule.long_scaling.detach()[0], *rows])
     for key, value in changed.state_dict().items():
         values.setdefault(key, values.get(key.replace("directions.attention", "directions.direction"), value))
     changed.load_state_dict(values)

@@ -12,6 +12,7 @@ All in single precision unless `state_dtype` says otherwise:
 `age`           `[]`            steps this tensor has taken
 `lookahead`     `[*shape]`      with attention only: true weights less the attended ones
 `log_peak`      `[]`            of rules that ask for it only: log of the largest recent gradient
+`gradient_square` `[2]`         likewise: mean square of the gradient, over a few steps and over many
 =============== =============== ================================================
 
 What has `shape` in it is sharded as the parameter is, see `sharding`; the rest is whole, and equal, on every rank.
@@ -33,6 +34,8 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 STATE_KEYS = ("hidden", "average", "square", "log_rate", "tensor_hidden", "global_hidden", "age")
 LOOKAHEAD = "lookahead"
 LOG_PEAK = "log_peak"
+GRADIENT_SQUARE = "gradient_square"
+OPTIONAL_KEYS = (LOOKAHEAD, LOG_PEAK, GRADIENT_SQUARE)
 NOTE = "hrnn"  # of a saved state: the weights it belongs to, and the steps skipped
 FALLBACK_LR = "fallback_lr"  # in that note: the state is AdamW's, which the optimizer fell back to
 
@@ -63,6 +66,8 @@ def initial_state(
         state[LOOKAHEAD] = sharded_like(param, torch.zeros_like(shard, memory_format=torch.contiguous_format))
     if rule.rate_by_peak is not None:
         state[LOG_PEAK] = torch.full((), math.log(GRAD_RMS_FLOOR), **one)
+    if config.knows_trend:
+        state[GRADIENT_SQUARE] = torch.zeros(2, **one)
     return state
 
 

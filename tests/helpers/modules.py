@@ -24,6 +24,7 @@ EVERY_PART = RuleConfig(  # of a rule with bounded rates
     warm_up=0.5,
     drift_settles=10.0,
     scale_memory=20.0,
+    scale_inputs=("tensor_count", "model_count", "trend"),
 )
 
 

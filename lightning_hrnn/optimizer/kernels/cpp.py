@@ -96,7 +96,7 @@ def said_from_above(rule: HierarchicalRNN, state: RuleState, bias: Tensor, layou
     """Lay what each tensor tells its parameters below each other, in the order of `ABOVE` in `rule.h`. [A, T]"""
     relative_rate = state.log_rate - rule.mean_log_rate(state, layout)
     remembers = (state.age > 0).to(bias.dtype)
-    return _told(bias, relative_rate, remembers, rule.long_scale(state.age, layout))
+    return _told(bias, relative_rate, remembers, rule.long_scale(state, layout))
 
 
 def rows_from_above(config: RuleConfig) -> int:
