@@ -507,11 +507,13 @@ def test_validation_compares_with_tuned_adam_past_the_horizon() -> None:
     assert outcome.baseline[-1].mean() < outcome.baseline[0].mean()
 
 
-def test_progress_stored_before_rules_were_told_the_length_is_restored() -> None:
+def test_progress_stored_before_rules_knew_the_length_or_the_trend_is_restored() -> None:
     population = Population([TaskBatch.draw(Parabola(), 2, 0)])
     progress = begin(HierarchicalRNN(), population, LOG_RATE, 50.0)
     stored = progress.state_dict()
     assert set(Progress.from_state_dict(stored).state.run_length.tolist()) == {50.0}
+    stored["state"].pop()
+    assert Progress.from_state_dict(stored).state.gradient_square.tolist() == [[0.0, 0.0]] * 2
     stored["state"].pop()
     assert set(Progress.from_state_dict(stored).state.run_length.tolist()) == {0.0}
 

@@ -204,8 +204,9 @@ class Population:
         """Divide the progress of all tasks into that of each batch."""
         params = [batch.size for batch in self.batches]
         rates = self._tensors if progress.state.log_rate.shape == progress.state.age.shape else params
-        along = (params, params, params, rates, self._tensors, self._models, *[self._tensors] * 3)
-        states = zip(*(value.split(n, -1) for value, n in zip(progress.state, along, strict=True)), strict=True)
+        along = {"hidden": params, "average": params, "square": params, "log_rate": rates, "global_hidden": self._models}
+        values = progress.state._asdict().items()
+        states = zip(*(value.split(along.get(name, self._tensors), -1) for name, value in values), strict=True)
         lookaheads = [None] * len(params) if progress.lookahead is None else progress.lookahead.split(params)
         points = zip(progress.theta.split(params), progress.average.split(params), strict=True)
         return [

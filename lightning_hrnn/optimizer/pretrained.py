@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
 
-DEFAULT_WEIGHTS = "hrnn-v6"
+DEFAULT_WEIGHTS = "hrnn-v7"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 CARD_KEYS = {"config": dict, "sha256": str}
 FIRST_RATE = 1e-3  # where a card says none
@@ -54,7 +54,7 @@ def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
 
     Example:
         >>> load_pretrained().card["name"]
-        'hrnn-v6'
+        'hrnn-v7'
     """
     path = _find(weights)
     card = read_card(path)
