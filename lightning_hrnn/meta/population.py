@@ -204,7 +204,8 @@ class Population:
         """Divide the progress of all tasks into that of each batch."""
         params = [batch.size for batch in self.batches]
         rates = self._tensors if progress.state.log_rate.shape == progress.state.age.shape else params
-        along = {"hidden": params, "average": params, "square": params, "log_rate": rates, "global_hidden": self._models}
+        of_params = dict.fromkeys(("hidden", "average", "square"), params)
+        along = {**of_params, "log_rate": rates, "global_hidden": self._models}  # the rest is of tensors
         values = progress.state._asdict().items()
         states = zip(*(value.split(along.get(name, self._tensors), -1) for name, value in values), strict=True)
         lookaheads = [None] * len(params) if progress.lookahead is None else progress.lookahead.split(params)
