@@ -261,6 +261,9 @@ def test_a_folder_is_no_card(saved: Path) -> None:
         ("warm_up", 1.0),
         ("warm_up", False),
         ("peak_memory", True),
+        ("scale_inputs", None),
+        ("scale_inputs", "trend"),
+        ("drift_inputs", 5),
         *(("scale_memory", value) for value in (-1, 0.5, math.inf, math.nan, True, "x", None)),
     ],
 )

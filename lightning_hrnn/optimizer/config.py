@@ -116,7 +116,9 @@ class RuleConfig:
     def __post_init__(self) -> None:
         names = ("features", "tensor_features", "readouts", "without", "first_inputs", "drift_inputs", "scale_inputs")
         for field in names:
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+            if not isinstance(value := getattr(self, field), list | tuple):
+                raise ValueError(f"{field} must be a list of names, not {value!r}.")
+            object.__setattr__(self, field, tuple(value))
         for field in ("param_hidden", "tensor_hidden", "global_hidden", "timescales"):
             if not isinstance(size := getattr(self, field), int) or size < 1:
                 raise ValueError(f"{field} must be an integer of at least 1, not {size!r}.")
