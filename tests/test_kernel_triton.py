@@ -130,6 +130,12 @@ CASES = {  # types of parameters that live together, shapes, type of the state, 
     "half": ([torch.bfloat16, torch.float16], SHAPES[1:3], torch.float32, {}),
     "bfloat16 state": ([torch.float32], SHAPES[1:3], torch.bfloat16, ATTENTION),
     "long scale": ([torch.float32], SHAPES, torch.float32, {"scale_memory": 7.0}),
+    "long scale by trend": (
+        [torch.float32],
+        SHAPES[:2],
+        torch.float32,
+        {"scale_memory": 12.0, "scale_inputs": ("trend",)},
+    ),
     "long scale in bfloat16": ([torch.float32], SHAPES[1:3], torch.bfloat16, {"scale_memory": 7.0, **ATTENTION}),
 }
 

@@ -82,7 +82,7 @@ RULES = {
     "attention": {"readouts": ("direction", "attention")},
     "unscaled": {"readouts": ("direction", "attention"), "without": ("output_scaling",)},
     "long scale": {"scale_memory": 7.0},
-    "long scale by trend": {"scale_memory": 7.0, "scale_inputs": ("trend",)},
+    "long scale by trend": {"scale_memory": 12.0, "scale_inputs": ("trend",)},
     "long scale and attention": {"scale_memory": 7.0, "readouts": ("direction", "attention")},
 }
 

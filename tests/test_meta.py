@@ -513,7 +513,7 @@ def test_progress_stored_before_rules_knew_the_length_or_the_trend_is_restored()
     stored = progress.state_dict()
     assert set(Progress.from_state_dict(stored).state.run_length.tolist()) == {50.0}
     stored["state"].pop()
-    assert Progress.from_state_dict(stored).state.gradient_square.tolist() == [[0.0] * 4] * 2
+    assert Progress.from_state_dict(stored).state.gradient_size.tolist() == [[0.0] * 4] * 3
     stored["state"].pop()
     assert set(Progress.from_state_dict(stored).state.run_length.tolist()) == {0.0}
 

@@ -74,7 +74,7 @@ class Reference:
         rms = torch.stack([param.square().mean().sqrt() for param in params])
         output = self.rule(flat, rms, state, layout)
         self.global_hidden = output.state.global_hidden
-        of_tensors = {"tensor_hidden", "age", "log_peak", "run_length", "gradient_square"}
+        of_tensors = {"tensor_hidden", "age", "log_peak", "run_length", "gradient_size"}
         of_tensors |= set() if self.rule.rate_per_param else {"log_rate"}
         for place, index in enumerate(moving):
             for key in self.states[index].keys() - {"global_hidden"}:

@@ -341,6 +341,36 @@ def test_weights_with_and_without_a_long_memory_are_adapted_to(memories):
     assert all(value.isfinite().all() for state in twin.state.values() for value in state.values())
 
 
+@pytest.mark.parametrize(("before", "after"), [("hrnn-v6", "hrnn-v7"), ("hrnn-v7", "hrnn-v6")])
+def test_shipped_weights_with_and_without_the_trend_are_adapted_to(before, after):
+    """What was not kept begins with the next gradient, at any age."""
+    module = Regression()
+    optimizer = HRNN(module.parameters(), weights=before)
+    steps(optimizer, module, Batches(3))
+    twin = HRNN(module.parameters(), weights=after, other_weights="adapt")
+    with pytest.warns(UserWarning, match="hidden states start anew"):
+        twin.load_state_dict(optimizer.state_dict())
+    steps(twin, module, Batches(2))
+    for state in twin.state.values():
+        assert int(state["age"]) == 5
+        assert all(value.isfinite().all() for value in state.values())
+        if after == "hrnn-v7":
+            of_late, for_long, count = state["gradient_size"].tolist()
+            assert count == 2
+            assert of_late == pytest.approx(for_long)  # over the same two steps
+        else:
+            assert "gradient_size" not in state
+
+
+@pytest.mark.parametrize("value", [[1.0, 1.0, 1.0], None])
+def test_a_state_that_is_no_tensor_is_refused(value):
+    optimizer = HRNN([torch.nn.Parameter(torch.ones(2))])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["gradient_size"] = value
+    with pytest.raises(ValueError, match=r"The saved gradient_size is no tensor but .*: the checkpoint is damaged"):
+        optimizer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("config", [{"timescales": 3}, {"rate": "smoothed"}])
 def test_other_weights_of_another_shape_cannot_be_adapted(config):
     _, optimizer = trained()
@@ -359,7 +389,7 @@ def test_a_state_of_more_tensors_cannot_be_adapted():
         twin.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("key", ["lookahead", "log_peak", "gradient_square"])
+@pytest.mark.parametrize("key", ["lookahead", "log_peak", "gradient_size"])
 def test_a_state_without_a_part_that_the_weights_need_is_refused(key):
     config = RuleConfig(readouts=("direction", "attention"), slows=True, scale_memory=20, scale_inputs=("trend",))
     optimizer = HRNN([torch.nn.Parameter(torch.ones(2))], weights=HierarchicalRNN(config))
@@ -382,8 +412,8 @@ def test_sizes_of_gradients_are_carried_over_to_other_weights_that_know_them():
         with pytest.warns(UserWarning, match="Averages, learned rates and ages are kept"):
             optimizer.load_state_dict(one.state_dict())
     assert other.state[params[1]]["log_peak"].item() == pytest.approx(math.log(3))
-    assert other.state[params[1]]["gradient_square"].tolist() == pytest.approx([9.0, 9.0])
-    assert not {"log_peak", "gradient_square"} & without.state[params[2]].keys()
+    assert other.state[params[1]]["gradient_size"].tolist() == pytest.approx([9.0, 9.0, 1.0])
+    assert not {"log_peak", "gradient_size"} & without.state[params[2]].keys()
 
 
 def test_other_weights_must_be_one_of_two():

@@ -290,6 +290,9 @@ def test_unknown_presets_parts_and_sizes_are_refused() -> None:
         RuleConfig(drift_rise=-1.0)
     with pytest.raises(ValueError, match="first_inputs names one thing twice"):
         RuleConfig(first_inputs=("size", "size"))
+    with pytest.raises(ValueError, match="last 10 steps beside scale_memory: make it more than that, not 7"):
+        RuleConfig(scale_memory=7, scale_inputs=("trend",))
+    assert RuleConfig(scale_inputs=("trend",)) == RuleConfig()  # nothing reads it
     with pytest.raises(ValueError, match=r"Unknown scale_inputs \['size'\]"):
         RuleConfig(scale_inputs=("size",))
     with pytest.raises(ValueError, match="Only 'bounded' rates slow down"):

@@ -52,7 +52,7 @@ RULES = {
     "settling": ("default", {"drift_settles": 2.0}),
     "a long memory of scales": ("default", {"scale_memory": 3, "readouts": ("direction", "attention")}),
     "the paper's with a long memory": ("paper", {"scale_memory": 100}),
-    "long scales by trend": ("default", {"scale_memory": 5, "scale_inputs": ("trend", "tensor_count")}),
+    "long scales by trend": ("default", {"scale_memory": 12, "scale_inputs": ("trend", "tensor_count")}),
     "the paper's by trend": ("paper", {"scale_memory": 100, "scale_inputs": ("model_count", "trend")}),
     "without scaling": ("default", {"without": ("input_scaling", "output_scaling")}),
     "without levels": ("default", {"without": ("tensor_level", "global_level", "gradient_shortcut")}),
@@ -117,7 +117,7 @@ class Equations:
                 "age": 0,
                 "l": log_rate,
                 "peak": 1e-15,
-                "gradient squares": [0.0, 0.0],
+                "gradient sizes": [0.0, 0.0, 0.0],
                 "params": [
                     {
                         "h": self.w["param_rnn.initial"],
@@ -166,7 +166,7 @@ class Equations:
         decay = min(tensor["age"] / (tensor["age"] + 1), 1 - 1 / self.config.scale_memory)
         param["long v"] = decay * param["long v"] + (1 - decay) * param["v"][0]
         count, of_model = len(tensor["params"]), sum(len(other["params"]) for other in self.tensors)
-        of_late, for_long = (math.sqrt(square + 1e-30) for square in tensor["gradient squares"])
+        of_late, for_long = (math.sqrt(square + 1e-30) for square in tensor["gradient sizes"][:2])
         known = {
             "tensor_count": math.log(1e4 / count),
             "model_count": math.log(1e4 / of_model),
@@ -224,12 +224,11 @@ class Equations:
             size = min(size, 1e15)
             tensor["peak"] = max(tensor["peak"] * math.exp(-1 / self.config.peak_memory), size)
             tensor["below"] = math.log(size / tensor["peak"])
+            square, steps = min(sum(g**2 for g in tensor_grads) / count, 1e30), tensor["gradient sizes"][2]
             for row, memory in enumerate((10.0, self.config.scale_memory or math.inf)):
-                decay = min(tensor["age"] / (tensor["age"] + 1), 1 - 1 / memory)
-                square = min(sum(g**2 for g in tensor_grads) / count, 1e30)
-                before = tensor["gradient squares"][row]
-                decay = decay if before > 0 else 0.0
-                tensor["gradient squares"][row] = decay * before + (1 - decay) * square
+                decay = min(steps / (steps + 1), 1 - 1 / memory)
+                tensor["gradient sizes"][row] = decay * tensor["gradient sizes"][row] + (1 - decay) * square
+            tensor["gradient sizes"][2] += bool(steps or square)
             if self.config.slows:
                 power = w["rate.slowing"][0]
                 if "length" in self.config.drift_inputs:
@@ -340,7 +339,7 @@ def test_rule_equals_its_equations(name):
     if rule.rate_by_peak is not None:
         expected_state["log_peak"] = np.log([tensor["peak"] for tensor in tensors])
     if rule.config.knows_trend:
-        expected_state["gradient_square"] = np.array([tensor["gradient squares"] for tensor in tensors]).T
+        expected_state["gradient_size"] = np.array([tensor["gradient sizes"] for tensor in tensors]).T
     for key, expected in expected_state.items():
         np.testing.assert_allclose(getattr(state, key).detach().numpy(), expected, rtol=1e-9, atol=1e-13, err_msg=key)
 
@@ -490,6 +489,7 @@ def test_long_scales_fade_as_gradients_fall_away():
     with torch.no_grad():
         rule.long_scaling.copy_(torch.tensor([[0.8], [0.5]]))
         state = rule.init(layout, -3.0)
+        state = state._replace(age=state.age + torch.tensor([0.0, 1000.0]))  # which has no part in it
         for step in range(100):
             sizes = torch.tensor([1.0, 1.0 if step < 50 else 1e-3])  # the gradient of the second tensor falls away
             grad = layout.to_params(sizes if step else 0 * sizes)  # which does not count while it is zero
@@ -499,7 +499,7 @@ def test_long_scales_fade_as_gradients_fall_away():
         assert bare.long_scale(bare.init(layout, -3.0), layout).power.tolist() == pytest.approx([0.95, 0.95])
     assert [power for power, _ in powers] == pytest.approx([0.8] * 100, abs=1e-6)
     assert powers[49][1] == pytest.approx(0.8, abs=1e-6)
-    of_late, for_long = 0.9**10 + (1 - 0.9**10) * 1e-6, 50 / 60 + 10 / 60 * 1e-6
+    of_late, for_long = 0.9**10 + (1 - 0.9**10) * 1e-6, 49 / 59 + 10 / 59 * 1e-6
     assert powers[59][1] == pytest.approx(0.8 + 0.25 * math.log(of_late / for_long), abs=1e-2)
     assert powers[99][1] == 0.0  # not below
 

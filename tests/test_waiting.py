@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.modules import EVERY_PART
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +17,7 @@ RULES = {
     "default": RuleConfig(),
     "attention": RuleConfig(readouts=("direction", "attention")),
     "paper": RuleConfig.preset("paper"),
+    "every part": EVERY_PART,
 }
 
 

@@ -105,7 +105,7 @@ class Progress(NamedTuple):
     def from_state_dict(cls, stored: dict[str, Any]) -> Progress:
         """Undo `state_dict`."""
         state = dict(zip(RuleState._fields, stored["state"], strict=False))
-        for field, rows in (("run_length", ()), ("gradient_square", (2,))):  # not of rules that were stored long ago
+        for field, rows in (("run_length", ()), ("gradient_size", (3,))):  # not of rules that were stored long ago
             state.setdefault(field, torch.zeros(*rows, *state["age"].shape).to(state["age"]))
         return cls(stored["theta"], stored["average"], RuleState(**state), stored["lookahead"])
 

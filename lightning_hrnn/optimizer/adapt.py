@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_hrnn.optimizer.state import GRADIENT_SQUARE, LOG_PEAK, NOTE, note_of
+from lightning_hrnn.optimizer.state import GRADIENT_SIZE, LOG_PEAK, NOTE, note_of
 
 OtherWeights = Literal["refuse", "adapt"]
-CARRIED = ("average", "square", "log_rate", "age", LOG_PEAK, GRADIENT_SQUARE)
+CARRIED = ("average", "square", "log_rate", "age", LOG_PEAK, GRADIENT_SIZE)
 
 
 def adapt_state(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

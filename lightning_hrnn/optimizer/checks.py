@@ -87,6 +87,8 @@ def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) ->
             "with the weights it was saved with."
         )
     for key, value in state.items():
+        if key in saved and not isinstance(saved[key], Tensor):
+            raise ValueError(f"The saved {key} is no tensor but {saved[key]!r}: the checkpoint is damaged.")
         if key in saved and saved[key].shape != value.shape:
             raise ValueError(
                 f"The saved {key} has shape {list(saved[key].shape)} where a parameter of shape "

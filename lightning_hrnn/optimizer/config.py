@@ -15,7 +15,9 @@ TENSOR_FEATURES = ("relative_update",)
 PARTS = ("input_scaling", "output_scaling", "gradient_shortcut", "tensor_level", "global_level")
 FIRST_INPUTS = ("size", "tensor_count", "model_count")
 DRIFT_INPUTS = ("tensor", "means", "global", "peak", "length")
-SCALE_INPUTS = ("tensor_count", "model_count", "trend")
+COUNTS = ("tensor_count", "model_count")  # the rows of `Layout.smallness`
+SCALE_INPUTS = (*COUNTS, "trend")
+TREND_MEMORY = 10.0  # steps that count as of late
 POSITIVE = (
     "drift_rise",
     "drift_fall",
@@ -110,7 +112,7 @@ class RuleConfig:
     anneals: bool = False
     warm_up: float = 0.0
     scale_memory: float = 0.0
-    scale_inputs: tuple[str, ...] = ("tensor_count", "model_count")
+    scale_inputs: tuple[str, ...] = COUNTS
     peak_memory: float = 600.0
 
     def __post_init__(self) -> None:
@@ -150,6 +152,13 @@ class RuleConfig:
             given = self.scale_memory
             raise ValueError(f"scale_memory must be a number of steps, 1 or more, or 0 for none, not {given!r}.")
         object.__setattr__(self, "scale_memory", memory)
+        if "trend" in self.scale_inputs and 0 < memory <= TREND_MEMORY:
+            raise ValueError(
+                f"A trend is that of the last {TREND_MEMORY:g} steps beside scale_memory: make it more than that, "
+                f"not {memory:g}, or leave 'trend' out of scale_inputs."
+            )
+        if not memory:
+            object.__setattr__(self, "scale_inputs", COUNTS)  # which nothing reads: all rules without are one
         own = [field for field in ("slows", "anneals", "warm_up", "first_inputs") if getattr(self, field)]
         if self.rate != "bounded" and own:
             raise ValueError(f"Only 'bounded' rates slow down, anneal, warm up or begin differently: leave out {own}.")

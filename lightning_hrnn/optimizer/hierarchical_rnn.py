@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_hrnn.optimizer.config import RuleConfig
+from lightning_hrnn.optimizer.config import COUNTS, TREND_MEMORY, RuleConfig
 from lightning_hrnn.optimizer.features import (
     GRAD_LIMIT,
     MANY,
@@ -46,9 +46,7 @@ LOG_RATE_RANGE = 33.0
 ANNEALING = (-0.3, 0.0, 0.2)  # that powers start from in meta-training: a constant, and for each of `COUNTS`
 MAX_ANNEALING = 2.0
 LONG_SCALING = {"constant": 0.95, "tensor_count": 0.0, "model_count": -0.15, "trend": 1.0}  # likewise
-TREND_FREE = 0.5  # how far gradients fall, as a log, before powers that start from that do
-COUNTS = ("tensor_count", "model_count")  # the rows of `Layout.smallness`
-TREND_MEMORY = 10.0  # steps that count as of late
+TREND_FREE = 0.5  # added to the constant for each unit of `trend`: only a fall by more than about this lowers a power
 LENGTH_INPUTS = 2  # see `BoundedRate.length_inputs`
 INPUT_RANGE = 5.0  # of what a drift is read from: a mean of log magnitudes may be far out
 MAX_DECAY_LOGIT = 9.2  # a decay of at most 0.9999: an average never freezes
@@ -66,7 +64,7 @@ class RuleState(NamedTuple):
     age: Tensor  # [T] steps taken
     log_peak: Tensor  # [T] log of the largest recent gradient, see `BoundedRate.peak`
     run_length: Tensor  # [T] steps of the run at whose end rates will have cooled down to zero; 0 where nobody knows
-    gradient_square: Tensor  # [2, T] mean square of the gradient, of late and for long, see `gradient_squares`
+    gradient_size: Tensor  # [3, T] mean squares of late and for long, and over how many steps, see `averaged_sizes`
 
     def detach(self) -> RuleState:
         """Cut the state from the graph that made it."""
@@ -490,7 +488,7 @@ class HierarchicalRNN(nn.Module):
             age=like.new_zeros(tensors),
             log_peak=like.new_full((tensors,), math.log(GRAD_RMS_FLOOR)),
             run_length=lengths.clone(),
-            gradient_square=like.new_zeros(2, tensors),
+            gradient_size=like.new_zeros(3, tensors),
         )
 
     def forward(
@@ -599,7 +597,7 @@ class HierarchicalRNN(nn.Module):
             return None
         known = dict(zip(COUNTS, layout.smallness.split(1), strict=True))
         if self.config.knows_trend:
-            of_late, for_long = (state.gradient_square + GRAD_RMS_FLOOR**2).log().split(1)
+            of_late, for_long = (state.gradient_size[:2] + GRAD_RMS_FLOOR**2).log().split(1)
             known["trend"] = 0.5 * (of_late - for_long)
         inputs = torch.cat([layout.smallness[:0], *(known[name] for name in self.config.scale_inputs)])
         return LongScale(_decay(state.age, memory), power=_read_power(self.long_scaling, inputs, 1.0))
@@ -619,21 +617,25 @@ class HierarchicalRNN(nn.Module):
             log_peak, below = rate.peak(mean_square, state.log_peak)
             state = state._replace(log_peak=log_peak)
         if self.config.knows_trend:
-            state = state._replace(gradient_square=self.gradient_squares(mean_square, state))
+            state = state._replace(gradient_size=self.averaged_sizes(mean_square, state))
         return state, below
 
-    def gradient_squares(self, mean_square: Tensor, state: RuleState) -> Tensor:
-        """Average the size of each tensor's gradient over a few steps, and over `scale_memory` of them. [2, T]
+    def averaged_sizes(self, mean_square: Tensor, state: RuleState) -> Tensor:
+        """Average the size of each tensor's gradient over a few steps, and over `scale_memory` of them.
 
-        Both begin with the first gradient that is not zero.
+        Both begin with the first gradient that is not zero, whatever the age of the tensor is.
 
         Args:
             mean_square: of the gradient over each tensor. [T]
             state: before the step.
+
+        Returns:
+            the averages, and the number of steps that they are over. [3, T]
         """
-        decay = torch.stack([_decay(state.age, memory) for memory in (TREND_MEMORY, self.config.scale_memory)])
-        decay = decay * (state.gradient_square > 0)
-        return decay * state.gradient_square + (1 - decay) * mean_square.clamp(max=GRAD_LIMIT**2)
+        squares, count = state.gradient_size[:2], state.gradient_size[2:]
+        decay = torch.cat([_decay(count, memory) for memory in (TREND_MEMORY, self.config.scale_memory)])
+        squares = decay * squares + (1 - decay) * mean_square.clamp(max=GRAD_LIMIT**2)
+        return torch.cat([squares, count + ((count > 0) | (mean_square > 0))])
 
     def mean_log_rate(self, state: RuleState, layout: Layout) -> Tensor:
         """Average the log rate over each tensor, and that over the model. [T]"""
@@ -643,7 +645,7 @@ class HierarchicalRNN(nn.Module):
         self,
         param: ParamLevel,
         param_rms: Tensor,  # [T]
-        state: RuleState,  # before the step, but for `log_peak`
+        state: RuleState,  # before the step, but for what `with_gradient_size` notes
         layout: Layout,
         below: Tensor | None = None,  # [T] see `BoundedRate.peak`, where the rule asks for it
     ) -> RuleState:
@@ -676,7 +678,7 @@ class HierarchicalRNN(nn.Module):
             age=state.age + 1,
             log_peak=state.log_peak,
             run_length=state.run_length,
-            gradient_square=state.gradient_square,
+            gradient_size=state.gradient_size,
         )
 
 

@@ -18,7 +18,7 @@ from lightning_hrnn.optimizer.features import Layout, smallness
 from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel, RuleState
 from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, where
 from lightning_hrnn.optimizer.sharding import Ranks, local
-from lightning_hrnn.optimizer.state import GRADIENT_SQUARE, LOG_PEAK
+from lightning_hrnn.optimizer.state import GRADIENT_SIZE, LOG_PEAK
 
 GROUP_SIZE = 4_194_304  # parameters measured before they are applied: bounds what lies between the two passes
 
@@ -143,7 +143,7 @@ def upper_state(states: States, rule: HierarchicalRNN, ranks: Ranks, run_length:
         age=ages,
         log_peak=torch.stack([state.get(LOG_PEAK, state["age"]) for state in states]),
         run_length=torch.full_like(ages, run_length),
-        gradient_square=torch.stack([state.get(GRADIENT_SQUARE, state["age"]) for state in states], -1),
+        gradient_size=torch.stack([state.get(GRADIENT_SIZE, state["age"]) for state in states], -1),
     )
 
 
@@ -200,7 +200,7 @@ def step_upper_levels(
     if below is not None:
         torch._foreach_copy_([state[LOG_PEAK] for state in states], list(after.log_peak.unbind()))
     if rule.config.knows_trend:
-        torch._foreach_copy_([state[GRADIENT_SQUARE] for state in states], list(after.gradient_square.unbind(1)))
+        torch._foreach_copy_([state[GRADIENT_SIZE] for state in states], list(after.gradient_size.unbind(1)))
     if not rule.rate_per_param:
         torch._foreach_copy_([state["log_rate"] for state in states], list(after.log_rate.unbind()))
     torch._foreach_copy_([state["global_hidden"] for state in model], [after.global_hidden[:, 0]] * len(model))

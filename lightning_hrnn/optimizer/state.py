@@ -12,7 +12,7 @@ All in single precision unless `state_dtype` says otherwise:
 `age`           `[]`            steps this tensor has taken
 `lookahead`     `[*shape]`      with attention only: true weights less the attended ones
 `log_peak`      `[]`            of rules that ask for it only: log of the largest recent gradient
-`gradient_square` `[2]`         likewise: mean square of the gradient, over a few steps and over many
+`gradient_size` `[3]`           likewise: mean square of the gradient over a few steps and over many, steps so far
 =============== =============== ================================================
 
 What has `shape` in it is sharded as the parameter is, see `sharding`; the rest is whole, and equal, on every rank.
@@ -34,8 +34,8 @@ STATE_DTYPES = (torch.float32, torch.bfloat16)
 STATE_KEYS = ("hidden", "average", "square", "log_rate", "tensor_hidden", "global_hidden", "age")
 LOOKAHEAD = "lookahead"
 LOG_PEAK = "log_peak"
-GRADIENT_SQUARE = "gradient_square"
-OPTIONAL_KEYS = (LOOKAHEAD, LOG_PEAK, GRADIENT_SQUARE)
+GRADIENT_SIZE = "gradient_size"
+OPTIONAL_KEYS = (LOOKAHEAD, LOG_PEAK, GRADIENT_SIZE)
 NOTE = "hrnn"  # of a saved state: the weights it belongs to, and the steps skipped
 FALLBACK_LR = "fallback_lr"  # in that note: the state is AdamW's, which the optimizer fell back to
 
@@ -67,7 +67,7 @@ def initial_state(
     if rule.rate_by_peak is not None:
         state[LOG_PEAK] = torch.full((), math.log(GRAD_RMS_FLOOR), **one)
     if config.knows_trend:
-        state[GRADIENT_SQUARE] = torch.zeros(2, **one)
+        state[GRADIENT_SIZE] = torch.zeros(3, **one)
     return state
 
 
