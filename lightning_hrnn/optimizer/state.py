@@ -12,7 +12,7 @@ All in single precision unless `state_dtype` says otherwise:
 `age`           `[]`            steps this tensor has taken
 `lookahead`     `[*shape]`      with attention only: true weights less the attended ones
 `log_peak`      `[]`            of rules that ask for it only: log of the largest recent gradient
-`gradient_size` `[3]`           likewise: mean square of the gradient over a few steps and over many, steps so far
+`gradient_size` `[3]`           likewise: mean squares of late, for long; steps
 =============== =============== ================================================
 
 What has `shape` in it is sharded as the parameter is, see `sharding`; the rest is whole, and equal, on every rank.
