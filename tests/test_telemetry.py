@@ -247,7 +247,7 @@ def test_the_line_at_the_start_says_memory_and_time():
     optimizer = HRNN(model.parameters())
     count = 100 * 200 + 200 + 200 * 10 + 10
     assert adam_bytes(optimizer) == 8 * count
-    per_tensor = 4 * (1 + 20 + 20 + 1 + 1)  # rate, tensor and global state, age, peak
+    per_tensor = 4 * (1 + 20 + 20 + 1 + 1 + 3)  # rate, tensor and global state, age, peak, sizes of gradients
     assert state_bytes(optimizer) == 76 * count + 4 * per_tensor
     text = cost(optimizer)
     assert text.startswith(
