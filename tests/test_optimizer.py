@@ -443,11 +443,13 @@ def test_temporary_memory_stays_bounded(kernel: str) -> None:
     optimizer = HRNN(params, weights=make_rule(), kernel=kernel)
     set_grads(params, 0)
     optimizer.step()
-    peak = peak_temporary_bytes(optimizer.step, torch.device("cpu"))
-    if peak is None:
+    peaks = [peak_temporary_bytes(optimizer.step, torch.device("cpu")) for _ in range(3)]
+    known = [peak for peak in peaks if peak is not None]
+    if not known:
         pytest.skip("this system does not say how much memory a call needs")
     # One float a parameter lies between the passes, and the update is another; all at once would need about 100.
-    assert peak < 16 * params[0].numel()
+    # What the allocator keeps from elsewhere only adds to a measurement, so the smallest counts.
+    assert min(known) < 16 * params[0].numel()
 
 
 def test_clear_errors() -> None:
