@@ -371,6 +371,18 @@ def test_a_state_that_is_no_tensor_is_refused(value):
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("key", ["hidden", "square", "log_rate", "gradient_size"])
+def test_a_state_that_is_not_finite_is_refused(key, value):
+    optimizer = HRNN([torch.nn.Parameter(torch.ones(2))])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][key].view(-1)[-1] = value
+    before = copy.deepcopy(list(optimizer.state.values()))
+    with pytest.raises(ValueError, match=rf"The saved {key} of .* not finite.* Resume from an earlier one"):
+        optimizer.load_state_dict(saved)
+    assert same_state(before, list(optimizer.state.values()))
+
+
 @pytest.mark.parametrize("config", [{"timescales": 3}, {"rate": "smoothed"}])
 def test_other_weights_of_another_shape_cannot_be_adapted(config):
     _, optimizer = trained()
@@ -390,13 +402,18 @@ def test_a_state_of_more_tensors_cannot_be_adapted():
 
 
 @pytest.mark.parametrize("key", ["lookahead", "log_peak", "gradient_size"])
-def test_a_state_without_a_part_that_the_weights_need_is_refused(key):
+def test_a_state_with_other_parts_than_the_weights_keep_is_refused(key):
     config = RuleConfig(readouts=("direction", "attention"), slows=True, scale_memory=20, scale_inputs=("trend",))
     optimizer = HRNN([torch.nn.Parameter(torch.ones(2))], weights=HierarchicalRNN(config))
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["state"][0][key]
     with pytest.raises(ValueError, match=f"The saved state lacks \\['{key}'\\]"):
         optimizer.load_state_dict(saved)
+    plain = HRNN([torch.nn.Parameter(torch.ones(2))], weights=HierarchicalRNN(RuleConfig()))
+    saved = copy.deepcopy(plain.state_dict())
+    saved["state"][0][key] = torch.zeros(())
+    with pytest.raises(ValueError, match=f"The saved state has \\['{key}'\\], which these weights do not keep"):
+        plain.load_state_dict(saved)
 
 
 def test_sizes_of_gradients_are_carried_over_to_other_weights_that_know_them():

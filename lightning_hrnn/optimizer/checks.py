@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hrnn.optimizer.sharding import why_unsupported
+from lightning_hrnn.optimizer.sharding import local, why_unsupported
 from lightning_hrnn.optimizer.state import FALLBACK_LR, OPTIONAL_KEYS, STATE_KEYS, note_of
 
 
@@ -80,11 +80,16 @@ def check_kind(state_dict: dict[str, Any]) -> None:
 
 
 def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) -> None:
-    """Refuse a saved state of other shapes, or one without a part that these weights need."""
+    """Refuse a saved state of other shapes, with other parts than these weights keep, or with values not finite."""
     if saved and (lacking := sorted(state.keys() - saved.keys())):
         raise ValueError(
             f"The saved state lacks {lacking}, which these weights need: it was made with others. Build the optimizer "
             "with the weights it was saved with."
+        )
+    if strange := sorted(saved.keys() - state.keys()):
+        raise ValueError(
+            f"The saved state has {strange}, which these weights do not keep: it was made with others. Build the "
+            "optimizer with the weights it was saved with."
         )
     for key, value in state.items():
         if key in saved and not isinstance(saved[key], Tensor):
@@ -93,4 +98,9 @@ def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) ->
             raise ValueError(
                 f"The saved {key} has shape {list(saved[key].shape)} where a parameter of shape "
                 f"{list(param.shape)} needs {list(value.shape)}: the model or the weights differ from those saved."
+            )
+        if key in saved and not local(saved[key]).isfinite().all():
+            raise ValueError(
+                f"The saved {key} of a parameter of shape {list(param.shape)} has values that are not finite, which "
+                "HRNN never writes: the checkpoint is damaged. Resume from an earlier one."
             )
