@@ -1,5 +1,6 @@
 """The fair evaluation: baselines, statistics, the protocol, its cache, the command and its report."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,9 +11,11 @@ import pytest
 import torch
 from helpers.images import write_idx_set
 from matplotlib.image import imread
+from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hrnn.cli import main
+from lightning_hrnn.cli.evaluate import show
 from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT, train, warm_up_cosine
 from lightning_hrnn.evaluation.evaluation_report import EvaluationReport
 from lightning_hrnn.evaluation.figures import plot_curves, plot_rates, plot_win_rates
@@ -403,6 +406,17 @@ def test_without_cooldown_ours_is_compared_with_constant_rates(tmp_path):
     assert "constant rates" not in alone.summary + alone.markdown()
     plot_win_rates(alone.verdict, tmp_path / "one.png")
     assert imread(tmp_path / "both.png").shape[1] == 2 * imread(tmp_path / "one.png").shape[1]
+
+
+@pytest.mark.parametrize("width", [70, 120])
+def test_every_task_has_one_line_of_the_terminal(width):
+    records = [record(factor) | {"task": "two-block-transformer"} for factor in (1.04e-13, 1.8)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    show(EvaluationReport.of(records, title="t", command="c", settings={}), console)
+    lines = console.export_text().splitlines()
+    assert sum("two-block-transformer" in line for line in lines) == 2
+    (head,) = [line for line in lines if "task" in line]
+    assert ("no cooldown" in head, "speed-up" in head) == (width > 70, True)
 
 
 def test_a_record_says_who_was_beaten():

@@ -31,6 +31,9 @@ from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, fi
 QUICK: dict[str, Any] = {"steps": 50, "seeds": 2, "tuning_seeds": 1, "tasks": 2}
 NOT_SHOWN = ("default_adam", "given", "beaten")
 """Values that only the report's tables have room for."""
+NOT_SHOWN_IF_NARROW = ("anytime", "diverged")
+"""Values that terminals of 80 columns have no room for; the sentences below the table sum them up."""
+WIDE = 1000
 DATA_DIR_HELP = "Folder of Fashion-MNIST's idx files; if null, data, or where Debian's package puts them."
 EXAMPLES = f"""\
   {PROGRAM} evaluate --suite nets --quick
@@ -168,15 +171,21 @@ def draw(report: EvaluationReport, outcomes: dict[str, dict[str, Outcome]], fold
 
 def show(report: EvaluationReport, console: Console) -> None:
     """Print the table of final losses; nets by which checkpoints were picked are dimmed."""
+    table = _losses_table(report, NOT_SHOWN)
+    if console.measure(table, options=console.options.update(width=WIDE)).minimum > console.width:
+        table = _losses_table(report, (*NOT_SHOWN, *NOT_SHOWN_IF_NARROW))
+    console.print(table)
+
+
+def _losses_table(report: EvaluationReport, left_out: Sequence[str]) -> Table:
     table = Table(title="Final training loss", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
-    columns = [column for column in LOSS_COLUMNS if column.key not in NOT_SHOWN]
+    columns = [column for column in LOSS_COLUMNS if column.key not in left_out]
     for column in columns:
-        number = bool(column.format)
-        table.add_column(column.title, justify="right" if number else "left", no_wrap=number, overflow="fold")
+        table.add_column(column.title, justify="right" if column.format else "left", no_wrap=True, overflow="fold")
     for record in report.rows:
         row = losses_row(record)
         table.add_row(*(column.cell(row) for column in columns), style="dim" if record["used_for_selection"] else None)
-    console.print(table)
+    return table
 
 
 def _progress(console: Console) -> Progress:
