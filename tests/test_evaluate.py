@@ -567,6 +567,8 @@ def test_the_command_complains_in_one_line(tmp_path, monkeypatch, capsys):
         (["--tasks", "cats"], "'cats'"),
         (["--weights", "cats"], "'cats'"),
         (["--suite", "corpus", "--corpus", "cats"], "'cats'"),
+        (["--suite", "nets", "--draws", "2"], "--draws would change nothing"),
+        (["--suite", "vision", "--corpus", "paper", "--draws", "2"], "--corpus and --draws would change nothing"),
     ):
         assert main(["evaluate", *arguments]) == 1
         complaint = capsys.readouterr().err

@@ -116,6 +116,12 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--device", type=Literal["cpu", "cuda"], default="cpu", help="Where to run.")
     add("--quick", action="store_true", help="Two tasks, 50 steps, two seeds, one to tune: shows that all works.")
     options = parser.parse_args(list(arguments))
+    of_corpus = [f"--{name}" for name in ("corpus", "draws") if options[name] != parser.get_default(name)]
+    if of_corpus and options.suite != "corpus":
+        raise ValueError(
+            f"{' and '.join(of_corpus)} would change nothing: the suite is {options.suite!r}. Leave it out, or take "
+            "--suite corpus."
+        )
     for name, usual in (("steps", 1000), ("seeds", 5), ("tuning_seeds", 3)):
         if options[name] is None:
             options[name] = QUICK[name] if options.quick else usual

@@ -68,8 +68,8 @@ class CommandCLI(LightningCLI):
             super()._parse_ckpt_path()
         except (OSError, RuntimeError, EOFError, LookupError, UnpicklingError) as error:
             path = str(self.config[self.config.subcommand].ckpt_path)
-            why = f"{type(error).__name__}: {error}"
-            raise ValueError(f"The checkpoint {path!r} is not Lightning's, or not whole. {why}") from error
+            why = f"{type(error).__name__}: {error}".partition(". ")[0].splitlines()[0].rstrip(".")
+            raise ValueError(f"The checkpoint {path!r} is not Lightning's, or not whole. {why}.") from error
         taken = self._module_options()
         if changed := [f"{name}={taken[name]} (not {given[name]})" for name in given if given[name] != taken.get(name)]:
             rank_zero_info(f"Taken from the checkpoint, whatever was given: {', '.join(changed)}.")

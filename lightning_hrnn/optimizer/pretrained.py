@@ -184,6 +184,9 @@ def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | 
             "These rules cannot be averaged: one has parts that another does without. Take checkpoints of one run, or "
             "leave the parts out of each first."
         )
+    known = sorted(RuleConfig.__dataclass_fields__)
+    if unknown := sorted(set(changes or {}) - set(known)):
+        raise ValueError(f"The configuration of a rule has no fields {unknown}: it has {known}.")
     try:
         averaged = HierarchicalRNN(rules[-1].config)
         averaged.load_state_dict({key: torch.stack([s[key] for s in states]).mean(0) for key in averaged.state_dict()})
