@@ -86,7 +86,7 @@ def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) ->
             f"The saved state lacks {lacking}, which these weights need: it was made with others. Build the optimizer "
             "with the weights it was saved with."
         )
-    if strange := sorted(saved.keys() - state.keys()):
+    if state and (strange := sorted(saved.keys() - state.keys())):  # Lightning's finetuning adds groups without state
         raise ValueError(
             f"The saved state has {strange}, which these weights do not keep: it was made with others. Build the "
             "optimizer with the weights it was saved with."
