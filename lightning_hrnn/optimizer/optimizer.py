@@ -56,8 +56,8 @@ class HRNN(Optimizer):
         weight_decay: decoupled decay, of each group: `theta -= lr * rate * weight_decay * theta`, with `rate` the
             tensor's learned rate; the same numbers as for `torch.optim.AdamW` are right.
         rate: `"learned"`, or `"given"`: `lr` *is* the root mean square of every tensor's update, before weight decay,
-            and the rule supplies direction and timescales alone. For who wants a schedule of their own; about
-            the numbers that are right for Adam, or somewhat less.
+            and the rule supplies direction and timescales alone. For who wants a schedule of their own; a third to
+            a tenth of the rate that is best for Adam.
         initial_rate: first learned rate, of each group: root mean square of a tensor's first update. The weights'
             own if `None`.
         kernel: how the step is computed, `"auto"` or a name of `available_kernels()`.
