@@ -212,7 +212,7 @@ class MetaLearner(LightningModule):
     # ------------------------------------------------------------------ validation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Train one unseen network with the averaged rule, far past the training horizon, beside tuned Adam."""
+        """Train one unseen network with the averaged rule over a whole run, beside tuned Adam."""
         with torch.inference_mode(False), torch.no_grad():
             result = batch.run(self.averaged_rule, self.initial_rate, self.engine, self.device)
         self._evaluation[batch.name] = result

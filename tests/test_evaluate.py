@@ -416,7 +416,8 @@ def test_every_task_has_one_line_of_the_terminal(width):
     lines = console.export_text().splitlines()
     assert sum("two-block-transformer" in line for line in lines) == 2
     (head,) = [line for line in lines if "task" in line]
-    assert ("no cooldown" in head, "speed-up" in head) == (width > 70, True)
+    assert head.split()[1:5] == ["HRNN", *(["no", "cooldown", "SGD"] if width > 70 else ["SGD", "RMSProp", "Adam"])]
+    assert ("AdamW" in head, "speed-up" in head, "diverged" in head) == (True, width > 70, width > 70)
 
 
 def test_a_record_says_who_was_beaten():

@@ -383,6 +383,35 @@ def test_a_state_that_is_not_finite_is_refused(key, value):
     assert same_state(before, list(optimizer.state.values()))
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": math.nan}, "lr"),
+        ({"lr": -1.0}, "lr"),
+        ({"lr": "x"}, "'x'"),
+        ({"weight_decay": math.inf}, "weight_decay"),
+    ],
+)
+def test_a_state_whose_groups_are_out_of_range_is_refused(change, named):
+    optimizer = HRNN([torch.nn.Parameter(torch.ones(2))])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0] |= change
+    with pytest.raises(ValueError, match=f"Group 0 of the saved state cannot be used: .*{named}"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    del saved["param_groups"][0]["lr"]
+    with pytest.raises(ValueError, match="Group 0 of the saved state cannot be used: there is no 'lr'"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_state_with_negative_squares_is_refused():
+    optimizer = HRNN([torch.nn.Parameter(torch.ones(2))])
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["square"][0, 0] = -1.0
+    with pytest.raises(ValueError, match="square has values below zero"):
+        optimizer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("config", [{"timescales": 3}, {"rate": "smoothed"}])
 def test_other_weights_of_another_shape_cannot_be_adapted(config):
     _, optimizer = trained()

@@ -31,7 +31,7 @@ from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, fi
 QUICK: dict[str, Any] = {"steps": 50, "seeds": 2, "tuning_seeds": 1, "tasks": 2}
 NOT_SHOWN = ("default_adam", "given", "beaten")
 """Values that only the report's tables have room for."""
-NOT_SHOWN_IF_NARROW = ("anytime", "diverged")
+NOT_SHOWN_IF_NARROW = ("anytime", "speedup", "diverged")
 """Values that terminals of 80 columns have no room for; the sentences below the table sum them up."""
 WIDE = 1000
 DATA_DIR_HELP = "Folder of Fashion-MNIST's idx files; if null, data, or where Debian's package puts them."
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> None:
         tasks = tasks[: QUICK["tasks"]]
     for task in tasks:
         setting.draw(task, "report", 1)  # says now if a data set is missing
-    ready_folder(options.out)
+    ready_folder(options.out / "cache")
     version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}"
     outcomes = compare(setting, tasks, version, options, console)
     records = [judge(setting, task, outcomes[task]) for task in tasks]

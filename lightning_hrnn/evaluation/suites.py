@@ -1,4 +1,4 @@
-"""Validation during meta-training: small unseen networks, far past the training horizon, beside tuned Adam."""
+"""Validation during meta-training: small unseen networks over whole runs, beside tuned Adam."""
 
 from __future__ import annotations
 

@@ -17,12 +17,7 @@ def check_group(group: dict[str, Any]) -> None:
     """Refuse numbers out of range and parameters for which the rule is not defined."""
     if math.isnan(group["lr"]):
         raise ValueError("lr is missing: with rate='given' it is the rate itself, such as 1e-3.")
-    for key in ("lr", "weight_decay"):
-        if not 0 <= float(group[key]) < math.inf:
-            raise ValueError(f"{key} must be zero or more, not {group[key]}.")
-    rate = group["initial_rate"]
-    if rate is not None and not 0 < rate < math.inf:
-        raise ValueError(f"initial_rate must be positive, not {rate}.")
+    check_numbers(group)
     for index, param in enumerate(group["params"]):
         if param.is_complex():
             raise ValueError(
@@ -33,6 +28,16 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(
                 f"Parameter {index} of shape {list(param.shape)} {reason}, or give it to another optimizer."
             )
+
+
+def check_numbers(group: dict[str, Any]) -> None:
+    """Refuse numbers of a group that are out of range."""
+    for key in ("lr", "weight_decay"):
+        if not 0 <= float(group[key]) < math.inf:
+            raise ValueError(f"{key} must be zero or more, not {group[key]}.")
+    rate = group["initial_rate"]
+    if rate is not None and not 0 < rate < math.inf:
+        raise ValueError(f"initial_rate must be positive, not {rate}.")
 
 
 def check_gradient(index: int, param: Tensor) -> None:
@@ -77,6 +82,12 @@ def check_kind(state_dict: dict[str, Any]) -> None:
             "This is not the state of HRNN: its param groups have no initial_rate. It looks like another optimizer's; "
             "load it into that one, or start HRNN without it."
         )
+    for index, group in enumerate(state_dict["param_groups"]):
+        try:
+            check_numbers(group)
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"Group {index} of the saved state cannot be used: {why}") from error
 
 
 def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) -> None:
@@ -104,3 +115,7 @@ def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) ->
                 f"The saved {key} of a parameter of shape {list(param.shape)} has values that are not finite, which "
                 "HRNN never writes: the checkpoint is damaged. Resume from an earlier one."
             )
+    if "square" in saved and (local(saved["square"]) < 0).any():
+        raise ValueError(
+            "The saved square has values below zero: the checkpoint is damaged. Resume from an earlier one."
+        )
