@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> None:
         tasks = tasks[: QUICK["tasks"]]
     for task in tasks:
         setting.draw(task, "report", 1)  # says now if a data set is missing
-    ready_folder(options.out / "cache")
+    ready_folder(ready_folder(options.out) / "cache")
     version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}"
     outcomes = compare(setting, tasks, version, options, console)
     records = [judge(setting, task, outcomes[task]) for task in tasks]
