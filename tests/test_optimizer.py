@@ -6,6 +6,8 @@ import copy
 import io
 import pickle
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -437,20 +439,25 @@ def test_state_dtype_bfloat16_halves_the_state() -> None:
     assert all(value.isfinite().all() for value in state_of(optimizer))
 
 
-@pytest.mark.parametrize("kernel", ["eager", "auto"])
-def test_temporary_memory_stays_bounded(kernel: str) -> None:
+def temporary_bytes_per_param(kernel: str) -> float | None:
     params = make_params(shapes=[(2048, 2048)])
     optimizer = HRNN(params, weights=make_rule(), kernel=kernel)
     set_grads(params, 0)
     optimizer.step()
     peaks = [peak_temporary_bytes(optimizer.step, torch.device("cpu")) for _ in range(3)]
     known = [peak for peak in peaks if peak is not None]
-    if not known:
+    return min(known) / params[0].numel() if known else None  # what the allocator keeps only adds
+
+
+@pytest.mark.parametrize("kernel", ["eager", "auto"])
+def test_temporary_memory_stays_bounded(kernel: str) -> None:
+    """In a process of its own: other tests set the allocator to keep what is freed, and blocks then lie in its way."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        peak = pool.submit(temporary_bytes_per_param, kernel).result()
+    if peak is None:
         pytest.skip("this system does not say how much memory a call needs")
     # One float a parameter lies between the passes, and the update is another; all at once would need about 100.
-    # What the allocator keeps from elsewhere only adds to a measurement, so the smallest counts, and six floats are
-    # the bound: four were missed by a twentieth after other tests.
-    assert min(known) < 6 * 4 * params[0].numel()
+    assert peak < 16
 
 
 def test_clear_errors() -> None:

@@ -324,16 +324,22 @@ def test_other_weights_are_adapted_if_asked_for():
     assert int(again.state[again.param_groups[0]["params"][0]]["age"]) == 6
 
 
-@pytest.mark.parametrize("memories", [(0, 20), (20, 0), (5, 20)])
-def test_weights_with_and_without_a_long_memory_are_adapted_to(memories):
-    """A long average that was not kept begins with what the short one is."""
-    before, after = (other_rule(scale_memory=memory) for memory in memories)
+def adapted(before, after):
+    """Return a module, an optimizer that took three steps of it, and one with other weights that took on its state."""
     module = Regression()
     optimizer = HRNN(module.parameters(), weights=before)
     steps(optimizer, module, Batches(3))
     twin = HRNN(module.parameters(), weights=after, other_weights="adapt")
     with pytest.warns(UserWarning, match="hidden states start anew"):
         twin.load_state_dict(optimizer.state_dict())
+    return module, optimizer, twin
+
+
+@pytest.mark.parametrize("memories", [(0, 20), (20, 0), (5, 20)])
+def test_weights_with_and_without_a_long_memory_are_adapted_to(memories):
+    """A long average that was not kept begins with what the short one is."""
+    before, after = (other_rule(scale_memory=memory) for memory in memories)
+    module, optimizer, twin = adapted(before, after)
     for theirs, mine in zip(optimizer.state.values(), twin.state.values(), strict=True):
         long = theirs["square"][-1:] if memories[0] else theirs["square"][:1]
         assert torch.equal(mine["square"], torch.cat([theirs["square"][:4], *([long] if memories[1] else [])]))
@@ -344,12 +350,7 @@ def test_weights_with_and_without_a_long_memory_are_adapted_to(memories):
 @pytest.mark.parametrize(("before", "after"), [("hrnn-v6", "hrnn-v7"), ("hrnn-v7", "hrnn-v6")])
 def test_shipped_weights_with_and_without_the_trend_are_adapted_to(before, after):
     """What was not kept begins with the next gradient, at any age."""
-    module = Regression()
-    optimizer = HRNN(module.parameters(), weights=before)
-    steps(optimizer, module, Batches(3))
-    twin = HRNN(module.parameters(), weights=after, other_weights="adapt")
-    with pytest.warns(UserWarning, match="hidden states start anew"):
-        twin.load_state_dict(optimizer.state_dict())
+    module, _, twin = adapted(before, after)
     steps(twin, module, Batches(2))
     for state in twin.state.values():
         assert int(state["age"]) == 5
