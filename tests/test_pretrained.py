@@ -264,6 +264,8 @@ def test_a_folder_is_no_card(saved: Path) -> None:
         ("scale_inputs", None),
         ("scale_inputs", "trend"),
         ("drift_inputs", 5),
+        *((field, value) for field in ("peak_fall", "vanished") for value in (-1, math.inf, math.nan, True, "x")),
+        ("vanished", 1.0),
         *(("scale_memory", value) for value in (-1, 0.5, math.inf, math.nan, True, "x", None)),
     ],
 )
@@ -293,6 +295,9 @@ def test_unknown_presets_parts_and_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="last 10 steps beside scale_memory: make it more than that, not 7"):
         RuleConfig(scale_memory=7, scale_inputs=("trend",))
     assert RuleConfig(scale_inputs=("trend",)) == RuleConfig()  # nothing reads it
+    assert RuleConfig(peak_fall=1, vanished=0.1) == RuleConfig()  # likewise
+    slow = RuleConfig(slows=True, peak_fall=1)
+    assert slow == RuleConfig(slows=True, peak_fall=1.0) != RuleConfig(slows=True)
     with pytest.raises(ValueError, match=r"Unknown scale_inputs \['size'\]"):
         RuleConfig(scale_inputs=("size",))
     with pytest.raises(ValueError, match="Only 'bounded' rates slow down"):
@@ -367,9 +372,11 @@ def test_a_number_too_large_for_a_float_is_refused() -> None:
     assert str(RuleConfig(scale_memory=-0.0).scale_memory) == "0.0"
 
 
-def test_weights_are_averaged_with_other_bounds(tmp_path: Path) -> None:
+def test_weights_are_averaged_with_other_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rules = [HierarchicalRNN(), HierarchicalRNN(RuleConfig(drift_rise=3.0))]
-    mean = average_weights(rules, {"drift_fall": 0.1})
+    with pytest.raises(ValueError, match=r"they differ in \['drift_rise'\].*the last one has \{'drift_rise': 3.0\}"):
+        average_weights(rules, {"drift_fall": 0.1})
+    mean = average_weights(rules, {"drift_fall": 0.1, "drift_rise": 3})
     for value, one, other in zip(mean.parameters(), *(rule.parameters() for rule in rules), strict=True):
         torch.testing.assert_close(value, (one + other) / 2)
     assert (mean.config.drift_rise, mean.config.drift_fall) == (3.0, 0.1)
@@ -389,9 +396,16 @@ def test_weights_are_averaged_with_other_bounds(tmp_path: Path) -> None:
     out = tmp_path / "mean.safetensors"
     bounds = ["--bounds", '{"drift_rise": 4, "readouts": ["direction"]}', "--initial-rate", "2e-4"]
     assert main(["average", str(out), *paths, "--initial-rate", "-1"]) == 2
+    assert main(["average", str(out), *paths, *bounds[:2], "--initial-rate", "inf"]) == 1
     assert not out.exists()
     assert main(["average", str(out), *paths, *bounds]) == 0
+    before = out.read_bytes()
+    assert main(["average", str(out), paths[0]]) == 1  # as who forgets to say where to
+    assert "is there already, and it is the file to write: give --overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == before
     loaded = load_pretrained(out)
     assert (loaded.config.drift_rise, loaded.card["initial_rate"], loaded.card["seed"]) == (4, 2e-4, 1)
     assert [one["name"] for one in loaded.card["averaged"]] == ["0", "1"]
-    assert main(["average", str(out), paths[0], "--bounds", '{"drift_up": 4}']) == 1
+    assert main(["average", str(out), paths[0], "--overwrite", "--bounds", '{"drift_up": 4}']) == 1
+    assert main(["average", str(out), paths[0], "--overwrite", "--bounds", '{"timescales": 4, "warm_up": 0.1}']) == 0
+    assert (load_pretrained(out).config.warm_up, load_pretrained(out).config.timescales) == (0.1, 4)

@@ -41,6 +41,11 @@ RULES = {
         "default",
         {"slows": True, "peak_memory": 3, "drift_inputs": ("tensor", "peak")},
     ),
+    "slowing with peaks that fall like a power": ("default", {"slows": True, "peak_memory": 2, "peak_fall": 0.7}),
+    "rates that fall with vanished gradients": (
+        "default",
+        {"slows": True, "peak_memory": 3, "vanished": 0.7, "drift_horizon": 10_000, "drift_fall": 3},
+    ),
     "told the length": (
         "default",
         {"slows": True, "peak_memory": 3, "drift_inputs": ("tensor", "length")},
@@ -107,8 +112,8 @@ class Equations:
 
     def __init__(self, rule, sizes, log_rates, length):
         self.length = length
-        read = 0 < length <= rule.config.drift_horizon
-        self.told = np.array([1.0, math.log10(length / 1000)] if read else [0.0, 0.0])
+        self.known = 0 < length <= rule.config.drift_horizon
+        self.told = np.array([1.0, math.log10(length / 1000)] if self.known else [0.0, 0.0])
         self.w = {name: value.detach().numpy() for name, value in rule.named_parameters()}
         self.config = rule.config
         self.tensors = [
@@ -222,7 +227,11 @@ class Equations:
                 rates.append(math.exp(own))
             size = math.sqrt(sum(g**2 for g in tensor_grads) / count + 1e-30)
             size = min(size, 1e15)
-            tensor["peak"] = max(tensor["peak"] * math.exp(-1 / self.config.peak_memory), size)
+            fade = 1 / self.config.peak_memory
+            if self.config.peak_fall and not self.known:
+                fade = min(fade, self.config.peak_fall / max(tensor["age"], 1))
+            tensor["peak"] = max(tensor["peak"] * math.exp(-fade), size)
+            tensor["gone"] = any(tensor_grads) and size < self.config.vanished * tensor["peak"] and not self.known
             tensor["below"] = math.log(size / tensor["peak"])
             square, steps = min(sum(g**2 for g in tensor_grads) / count, 1e30), tensor["gradient sizes"][2]
             for row, memory in enumerate((10.0, self.config.scale_memory or math.inf)):
@@ -269,6 +278,7 @@ class Equations:
                 seen["length"] = self.told
                 seen = np.clip(np.concatenate([seen[name] for name in config.drift_inputs]), -5.0, 5.0)
                 direction = math.tanh(w["rate.drift"][:, 0] @ seen + w["rate.drift_bias"][0])
+                direction = -1.0 if tensor["gone"] else direction
                 rise = config.drift_rise if tensor["age"] < config.drift_horizon else 0.0
                 power = rise if direction > 0 else config.drift_fall
                 power /= 1 + (tensor["age"] / config.drift_settles) ** 2 if self.length > 0 else 1
@@ -519,6 +529,46 @@ def test_steps_slow_down_with_the_gradient_and_peaks_fade():
     expected = [1.0, (0.01 * fades) ** 0.5, 0.1 * fades, 1.0, (1e-15 * fades / 4) ** 0.5]
     assert sizes == pytest.approx(expected, rel=1e-4)
     assert state.log_peak.item() == pytest.approx(math.log(4) - 0.1)
+
+
+def slowing_sizes(config, sizes):
+    """Return the size of each step beside its rate, for gradients of these sizes, at a power of one half."""
+    rule, layout, steps = HierarchicalRNN(config), Layout.of([5]), []
+    with torch.no_grad():
+        rule.rate.slowing.fill_(0.5)
+        state = rule.init(layout, -3.0)
+        for size in sizes:
+            output = rule(size * torch.ones(5), torch.ones(1), state, layout)
+            state = output.state
+            steps.append(output.update.square().mean().sqrt().item() / math.exp(-3.0))
+    return steps, state
+
+
+def test_rates_fall_where_gradients_have_vanished_and_nobody_knows_the_length():
+    """One of zero is none that vanished: experts have one now and then only."""
+    config = RuleConfig(slows=True, vanished=1e-3, drift_rise=2.0, drift_fall=1.0, drift_horizon=1000, drift_delay=20)
+    rule, rates = HierarchicalRNN(config), []
+    layout = Layout.of([5, 5, 5, 5], model_of=[0, 1, 2, 3])
+    gradients = torch.tensor([[1.0, 1.0, 1.0, 1.0]] + 60 * [[1e-4, 1e-2, 0.0, 1e-4]]).repeat_interleave(5, dim=1)
+    with torch.no_grad():
+        rule.rate.drift.zero_()
+        rule.rate.drift_bias.fill_(9.0)  # as fast up as the bounds allow
+        state = rule.init(layout, -8.0, run_length=torch.tensor([0.0, 0.0, 0.0, 300.0]))
+        for gradient in gradients:
+            state = rule(gradient, torch.ones(4), state, layout).state
+            rates.append(state.log_rate)
+    fell, *rose = (rates[-1] - rates[0]).tolist()
+    assert fell == pytest.approx(-sum(1 / (20 + age) for age in range(1, 61)), rel=1e-4)
+    assert rose == pytest.approx([2 * -fell] * 3, rel=1e-4)
+
+
+def test_peaks_of_long_runs_fall_like_a_power_of_the_number_of_steps():
+    gradients = [1.0] + [1e-6] * 400
+    _, forgets = slowing_sizes(RuleConfig(slows=True, peak_memory=20.0), gradients)
+    _, remembers = slowing_sizes(RuleConfig(slows=True, peak_memory=20.0, peak_fall=1.0), gradients)
+    assert forgets.log_peak.item() == pytest.approx(math.log(1e-6))
+    expected = -20 / 20 - sum(1 / age for age in range(21, 401))
+    assert remembers.log_peak.item() == pytest.approx(expected, abs=0.01)
 
 
 def test_rates_of_a_run_of_known_length_settle():

@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If the weights are of rules of different shapes, or a bound is unknown.
+        ValueError: If the weights are of rules of different shapes, a bound is unknown, or OUT is there already.
         WeightsError: If weights are unknown or damaged.
     """
     parser = CommandParser(
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> None:
     add("weights", type=str, nargs="+", metavar="WEIGHTS", help="Names of shipped weights, or .safetensors files.")
     add(
         "--bounds",
-        type=dict[str, bool | float | list[str]],
+        type=dict[str, bool | int | float | list[str]],
         default={},
         help="Fields of RuleConfig to change: bounds such as drift_rise, or readouts, to leave attention out.",
     )
@@ -47,7 +47,10 @@ def run(arguments: Sequence[str]) -> None:
         default=None,
         help="First learned rate; the last weights' own if null.",
     )
+    add("--overwrite", action="store_true", help="Write OUT even if it is there already.")
     options = parser.parse_args(list(arguments))
+    if options.out.exists() and not options.overwrite:
+        raise ValueError(f"{options.out} is there already, and it is the file to write: give --overwrite, or another.")
     rules = [load_pretrained(name) for name in options.weights]
     rule = average_weights(rules, dict(options.bounds))
     card = {key: value for key, value in rules[-1].card.items() if key not in ("name", "evaluation")}

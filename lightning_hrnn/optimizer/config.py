@@ -83,6 +83,11 @@ class RuleConfig:
             beside what it has long been (`"trend"`): where it falls away, all examples can be fitted, and the short
             averages get further.
         peak_memory: steps in which that largest one fades to 1/e.
+        peak_fall: where it is not known how long a run is, that one fades at most like this power of the number of
+            steps, so that it is not forgotten; 0 sets no such bound.
+        vanished: in such runs, the share of its peak below which a tensor's gradient counts as vanished, so that its
+            rate falls as fast as it may: where all examples are fitted, steps that stay as long lead away again. 0 for
+            never.
 
     Raises:
         ValueError: a name is unknown, a size is not positive, or a field is of another kind.
@@ -114,6 +119,8 @@ class RuleConfig:
     scale_memory: float = 0.0
     scale_inputs: tuple[str, ...] = COUNTS
     peak_memory: float = 600.0
+    peak_fall: float = 0.0
+    vanished: float = 0.0
 
     def __post_init__(self) -> None:
         names = ("features", "tensor_features", "readouts", "without", "first_inputs", "drift_inputs", "scale_inputs")
@@ -128,6 +135,10 @@ class RuleConfig:
             if not 0 < (bound := _number(given := getattr(self, field))) < math.inf:
                 raise ValueError(f"{field} must be positive and finite, not {given!r}.")
             object.__setattr__(self, field, bound)  # 7 and 7.0 are one rule, with one fingerprint
+        for field, most in (("peak_fall", math.inf), ("vanished", 1.0)):
+            if not 0 <= (bound := _number(given := getattr(self, field))) < most:
+                raise ValueError(f"{field} must be positive and less than {most:g}, or 0 for none, not {given!r}.")
+            object.__setattr__(self, field, bound if self.reads_peak else 0.0)
         for field in ("slows", "anneals"):
             if not isinstance(flag := getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, not {flag!r}.")
@@ -181,6 +192,11 @@ class RuleConfig:
         return self.scale_memory > 0 and "trend" in self.scale_inputs
 
     @property
+    def reads_peak(self) -> bool:
+        """Tell whether the rule depends on how far gradients are below their largest recent ones."""
+        return self.rate == "bounded" and (self.slows is True or "peak" in self.drift_inputs)
+
+    @property
     def slows_by_length(self) -> bool:
         """Tell whether the power by which steps slow down depends on the length of the run."""
         return self.slows and "length" in self.drift_inputs
@@ -200,7 +216,18 @@ class RuleConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}: choose from {sorted(PRESETS)}.")
-        return replace(PRESETS[name], **changes)
+        return PRESETS[name].changed(**changes)
+
+    def changed(self, **changes: Any) -> RuleConfig:
+        """Return this configuration with some fields replaced.
+
+        Raises:
+            ValueError: there is no such field, or a value is out of range.
+        """
+        known = sorted(type(self).__dataclass_fields__)
+        if unknown := sorted(set(changes) - set(known)):
+            raise ValueError(f"The configuration of a rule has no fields {unknown}: it has {known}.")
+        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""

@@ -200,7 +200,9 @@ class BoundedRate(nn.Module):
     Where the rule `slows`, a step is multiplied by `(gradient / peak) ** k`, both root mean squares over the tensor,
     with a learned `k` from 0 to 1 and the peak the largest recent gradient, which fades. Without, steps are as long as
     their rate however small the gradient has become; on smooth losses that is a walk to and fro around the minimum.
-    Where `drift_inputs` names `length`, `k` depends on it as well: who will be cooled down need not slow down.
+    Where `drift_inputs` names `length`, `k` depends on it as well: who will be cooled down need not slow down. Where
+    nobody knows the length and a gradient has `vanished` beside its peak, the rate falls as fast as it may: what is
+    left is noise, and long steps along it end where nothing is learned any more.
 
     Where it is known how long a run is, a step is multiplied by its pace, a function of the share of the run that is
     over. Over the first `warm_up` of it, less the fewer parameters the model has and not longer than rates take to
@@ -214,7 +216,8 @@ class BoundedRate(nn.Module):
         self.rise, self.fall, self.delay = config.drift_rise, config.drift_fall, config.drift_delay
         self.horizon, self.settles = config.drift_horizon, config.drift_settles
         self.floor, self.size_bound = config.size_floor, config.size_bound
-        self.first_inputs, self.slows, self.peak_memory = config.first_inputs, config.slows, config.peak_memory
+        self.first_inputs, self.slows = config.first_inputs, config.slows
+        self.peak_memory, self.peak_fall, self.vanished = config.peak_memory, config.peak_fall, config.vanished
         self.anneals, self.warm_up = config.anneals, config.warm_up
         self.slows_by_length = config.slows_by_length
         self.bound = config.momentary_bound
@@ -236,17 +239,24 @@ class BoundedRate(nn.Module):
         raw = (self.momentary @ hidden)[0] + self.momentary_bias
         return (self.bound * torch.tanh(raw / self.bound)).exp(), None
 
-    def drifted(self, state: RuleState, seen: Tensor, param_rms: Tensor, layout: Layout) -> Tensor:
+    def drifted(
+        self, state: RuleState, seen: Tensor, param_rms: Tensor, layout: Layout, below: Tensor | None = None
+    ) -> Tensor:
         """Return each tensor's log rate after the step. [T]
 
         Args:
-            state: before the step.
+            state: before the step, but for the peaks.
             seen: what `drift_inputs` names. [inputs, T]
             param_rms: root mean square of each parameter tensor; taken as constant. [T]
             layout: of the models.
+            below: how far gradients are below their peak, see `peak`, where the rule looks at it. [T]
         """
         log_size = 0.5 * (param_rms.detach().square() + self.floor**2).log()
         direction = torch.tanh((self.drift * seen).sum(0) + self.drift_bias)
+        if self.vanished and below is not None:
+            some = state.log_peak + below > math.log(GRAD_RMS_FLOOR) + 0.5  # one of zero says nothing
+            gone = some & (below < math.log(self.vanished)) & ~self.knows_length(state.run_length)
+            direction = torch.where(gone, -1.0, direction)
         power = torch.where(direction > 0, self.rise * (state.age < self.horizon).to(direction.dtype), self.fall)
         power = power / (1 + (state.run_length > 0) * (state.age / self.settles).square())
         log_rate = state.log_rate + power / (self.delay + state.age) * direction
@@ -260,26 +270,31 @@ class BoundedRate(nn.Module):
         known = {"size": log_size - math.log(self.floor), **dict(zip(COUNTS, layout.smallness, strict=True))}
         return torch.stack([known[name] for name in self.first_inputs])
 
-    def peak(self, mean_square: Tensor, log_peak: Tensor) -> tuple[Tensor, Tensor]:
-        """Compare each tensor's gradient with its largest recent one.
+    def peak(self, mean_square: Tensor, state: RuleState) -> tuple[RuleState, Tensor]:
+        """Compare each tensor's gradient with its largest recent one, which fades with time.
 
         Args:
             mean_square: of the gradient over each tensor. [T]
-            log_peak: log of the largest root mean square so far, which fades with time. [T]
+            state: before the step.
 
         Returns:
-            the next `log_peak` `[T]`, and how far below it the gradient is, as a log not above 0 `[T]`.
+            the state with the next peak, and how far below it the gradient is, as a log not above 0. [T]
         """
         log_rms = 0.5 * (mean_square + GRAD_RMS_FLOOR**2).log().clamp(max=2 * math.log(GRAD_LIMIT))
-        log_peak = torch.maximum(log_peak - 1 / self.peak_memory, log_rms)
-        return log_peak, log_rms - log_peak
+        fade = torch.full_like(log_rms, 1 / self.peak_memory)
+        if self.peak_fall:
+            slower = fade.minimum(self.peak_fall / state.age.clamp(min=1.0))
+            fade = torch.where(self.knows_length(state.run_length), fade, slower)
+        log_peak = torch.maximum(state.log_peak - fade, log_rms)
+        return state._replace(log_peak=log_peak), log_rms - log_peak
+
+    def knows_length(self, run_length: Tensor) -> Tensor:
+        """Tell of which tensors it is known how long their run is; beyond `drift_horizon` is as good as unknown. [T]"""
+        return (run_length > 0) & (run_length <= self.horizon)
 
     def length_inputs(self, run_length: Tensor) -> Tensor:  # [T] -> [2, T]
-        """Say whether the length of a run is known, and if so its order of magnitude, 0 at a thousand steps.
-
-        A length beyond `drift_horizon` is as good as unknown: of such runs the rule may know nothing.
-        """
-        known = ((run_length > 0) & (run_length <= self.horizon)).to(run_length.dtype)
+        """Say whether the length of a run is known, and if so its order of magnitude, 0 at a thousand steps."""
+        known = self.knows_length(run_length).to(run_length.dtype)
         return torch.stack([known, known * (run_length.clamp(min=1.0) / 1000).log10()])
 
     def slowed(self, below: Tensor, run_length: Tensor) -> Tensor:
@@ -311,7 +326,7 @@ class BoundedRate(nn.Module):
 
     def stand_still(self) -> None:
         """Leave log rates where they are put, and let no parameter depart from them."""
-        self.size_bound, self.warm_up = math.inf, 0.0
+        self.size_bound, self.warm_up, self.vanished = math.inf, 0.0, 0.0
         for value in self.parameters():
             value.zero_()
 
@@ -450,8 +465,7 @@ class HierarchicalRNN(nn.Module):
     @property
     def rate_by_peak(self) -> BoundedRate | None:
         """The rate, if it depends on how far gradients are below their largest recent ones."""
-        asks = self.config.slows or "peak" in self.config.drift_inputs
-        return self.rate if isinstance(self.rate, BoundedRate) and asks else None
+        return self.rate if isinstance(self.rate, BoundedRate) and self.config.reads_peak else None
 
     @property
     def sees_gradient_size(self) -> bool:
@@ -614,8 +628,7 @@ class HierarchicalRNN(nn.Module):
         """
         below = None
         if (rate := self.rate_by_peak) is not None:
-            log_peak, below = rate.peak(mean_square, state.log_peak)
-            state = state._replace(log_peak=log_peak)
+            state, below = rate.peak(mean_square, state)
         if self.config.knows_trend:
             state = state._replace(gradient_size=self.averaged_sizes(mean_square, state))
         return state, below
@@ -667,7 +680,7 @@ class HierarchicalRNN(nn.Module):
             if below is not None:
                 seen["peak"] = below[None]
             inputs = torch.cat([seen[name] for name in self.config.drift_inputs]).clamp(-INPUT_RANGE, INPUT_RANGE)
-            log_rate = self.rate.drifted(state, inputs, param_rms, layout)
+            log_rate = self.rate.drifted(state, inputs, param_rms, layout, below)
         return RuleState(
             hidden=param.hidden,
             average=param.average,

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from safetensors.torch import load, save
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
 
-DEFAULT_WEIGHTS = "hrnn-v7"
+DEFAULT_WEIGHTS = "hrnn-v8"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 CARD_KEYS = {"config": dict, "sha256": str}
 FIRST_RATE = 1e-3  # where a card says none
@@ -54,7 +53,7 @@ def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
 
     Example:
         >>> load_pretrained().card["name"]
-        'hrnn-v7'
+        'hrnn-v8'
     """
     path = _find(weights)
     card = read_card(path)
@@ -97,15 +96,27 @@ def read_card(weights: str | Path = DEFAULT_WEIGHTS) -> dict[str, Any]:
     if missing := _missing(card, CARD_KEYS):
         raise WeightsError(f"{path} is not a card: it lacks {missing}, or what it has there is of another kind.")
     for key in POSITIVE_KEYS:
-        value = card.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not _is_positive(value := card.get(key, 1)):
             raise WeightsError(f"{path} is damaged: {key!r} must be a positive number, not {value!r}. Export it again.")
     if not _are_results(card.get("evaluation", [])):
         raise WeightsError(
             f"{path} is damaged: 'evaluation' must list networks, each with {sorted(RESULT_KEYS)}. Export it again, or "
             "leave 'evaluation' out."
         )
+    if not _names_tasks(card.get("looked_at", {})):
+        raise WeightsError(f"{path} is damaged: 'looked_at' must list names of tasks for each suite. Export it again.")
     return card
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _names_tasks(looked_at: Any) -> bool:
+    """Tell whether a value lists names, those of each suite."""
+    return isinstance(looked_at, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in looked_at.values()
+    )
 
 
 def _missing(value: Any, kinds: dict[str, Any]) -> list[str]:
@@ -127,6 +138,9 @@ def _are_results(evaluation: Any) -> bool:
 def first_rate(rule: HierarchicalRNN) -> float:
     """Return the first learned rate that the card of a rule asks for, or that of a rule without one."""
     return float(rule.card.get("initial_rate", FIRST_RATE))
+
+
+FAR = 10  # times the horizon of weights: a run as long as that is worth a warning
 
 
 def horizon(card: dict[str, Any]) -> float:
@@ -151,6 +165,9 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"Weights are saved as .safetensors, not {path.suffix or 'without a suffix'}: {path}.")
+    for key in POSITIVE_KEYS:
+        if not _is_positive(value := card.get(key, 1)):
+            raise ValueError(f"{key} must be positive and finite, not {value!r}: such weights could not be loaded.")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = save({name: value.detach().float().cpu().contiguous() for name, value in rule.state_dict().items()})
     full = {
@@ -173,10 +190,11 @@ def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | 
 
     Args:
         rules: at least one, of the same meta-parameters; the configuration is the last one's.
-        changes: fields of that configuration to replace.
+        changes: fields of that configuration to replace; all in which the rules differ must be among them.
 
     Raises:
-        ValueError: the rules, or the changes, are of different shapes, or a field is unknown.
+        ValueError: the rules, or the changes, are of different shapes, a field is unknown, or the rules differ in one
+            that is not replaced.
     """
     states = [rule.state_dict() for rule in rules]
     if not states or any(state.keys() != states[0].keys() for state in states):
@@ -184,13 +202,19 @@ def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | 
             "These rules cannot be averaged: one has parts that another does without. Take checkpoints of one run, or "
             "leave the parts out of each first."
         )
-    known = sorted(RuleConfig.__dataclass_fields__)
-    if unknown := sorted(set(changes or {}) - set(known)):
-        raise ValueError(f"The configuration of a rule has no fields {unknown}: it has {known}.")
+    config, changes = rules[-1].config, changes or {}
+    wanted = config.changed(**changes)
+    others = [rule.config.to_dict() for rule in rules]
+    differing = {key for one in others for key, value in one.items() if value != others[-1][key]}
+    if unsaid := sorted(differing - changes.keys()):
+        raise ValueError(
+            f"These rules cannot be averaged as they are: they differ in {unsaid}. Say what the average is to have, by "
+            f"--bounds; the last one has { ({key: others[-1][key] for key in unsaid}) }."
+        )
     try:
-        averaged = HierarchicalRNN(rules[-1].config)
+        averaged = HierarchicalRNN(config)
         averaged.load_state_dict({key: torch.stack([s[key] for s in states]).mean(0) for key in averaged.state_dict()})
-        averaged = reconfigured(averaged, replace(averaged.config, **(changes or {})))
+        averaged = reconfigured(averaged, wanted)
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"These rules cannot be averaged ({_first_line(error)}): take checkpoints of one run, and change only "
