@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_hrnn.optimizer.optimizer import HRNN
-from lightning_hrnn.optimizer.pretrained import horizon
+from lightning_hrnn.optimizer.pretrained import FAR, horizon
 from lightning_hrnn.progress import planned_steps
 
 REFUSED_STRATEGIES = {
@@ -22,7 +22,6 @@ REFUSED_STRATEGIES = {
         "by FSDP2, or Trainer(strategy='ddp')"
     ),
 }
-FAR = 10  # times the horizon of the weights: a run as long as that is worth a warning
 SUSPICIOUS_LR = 0.02  # of the lr at the start: who writes less most likely means a step length
 
 
@@ -38,17 +37,17 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def warn_of_length(trainer: Trainer, optimizers: Sequence[HRNN]) -> None:
-    """Warn of a run many times as long as those that the weights were meta-trained on."""
+    """Warn, here and not again on the way, of a run many times as long as those of the meta-training."""
     steps = planned_steps(trainer)
-    for optimizer in optimizers:
-        longest = horizon(optimizer.card)
-        if FAR * longest < steps < math.inf:
-            rank_zero_warn(
-                f"This fit plans {steps:,} steps, and the weights {optimizer.weights_name!r} were meta-trained on runs "
-                f"of at most {longest:,.0f}. Whether their learned rates are right so far out nobody has measured. "
-                "Watch hrnn/log_lr, or choose rate='given' and a schedule of your own."
-            )
-            return
+    far = [optimizer for optimizer in optimizers if FAR * horizon(optimizer.card) < steps < math.inf]
+    for optimizer in far:
+        optimizer.far_is_known = True
+    for optimizer in far[:1]:
+        rank_zero_warn(
+            f"This fit plans {steps:,} steps, and the weights {optimizer.weights_name!r} were meta-trained on runs of "
+            f"at most {horizon(optimizer.card):,.0f}. Whether their learned rates are right so far out nobody has "
+            "measured. Watch hrnn/log_lr, or choose rate='given' and a schedule of your own."
+        )
 
 
 class StepLengthWatch:

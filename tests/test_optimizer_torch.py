@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -372,6 +373,45 @@ def test_a_state_that_is_no_tensor_is_refused(value):
         optimizer.load_state_dict(saved)
 
 
+def damaged(change):
+    """Return what a saved state of two parameters becomes."""
+    saved = copy.deepcopy(HRNN([torch.nn.Parameter(torch.ones(2)) for _ in range(2)]).state_dict())
+    return change(saved) or saved
+
+
+DAMAGE = {
+    "a missing parameter": (lambda saved: saved["state"].pop(1) and None, r"lacks that of the parameters \[1\]"),
+    "an additional one": (lambda saved: saved["state"].update({7: saved["state"][0]}), r"\['7'\]"),
+    "no parameter": (lambda saved: saved["state"].clear(), "lacks that of the parameters"),
+    "a note that is text": (lambda saved: saved.update(hrnn="yes"), "The note in the saved state is 'yes'"),
+    "skipped steps in words": (lambda saved: saved["hrnn"].update(skipped_steps="many"), "says that 'many' steps"),
+    "states in a list": (lambda saved: saved.update(state=[1, 2]), "no optimizer's state, or a damaged one"),
+    "no state of a parameter": (lambda saved: saved["state"].update({0: None}), "no optimizer's state, or a damaged"),
+    "groups that are numbers": (lambda saved: saved.update(param_groups=[1]), "no optimizer's state, or a damaged"),
+    "one group alone": (lambda saved: saved.update(param_groups={"params": [0, 1]}), "no optimizer's state, or a dam"),
+    "a group of nothing": (lambda saved: saved["param_groups"][0].pop("params") and None, "dicts with 'params'"),
+    "an absurd rate": (lambda saved: saved["state"][0].update(log_rate=torch.tensor(1e30)), "log_rate is beyond 100"),
+    "complex averages": (
+        lambda saved: saved["state"][0].update(average=saved["state"][0]["average"] * 1j),
+        "average is of type torch.complex64",
+    ),
+}
+
+
+@pytest.mark.parametrize("other_weights", ["refuse", "adapt"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_states_are_refused_and_nothing_is_lost(kind, other_weights):
+    change, complaint = DAMAGE[kind]
+    rule = None if other_weights == "refuse" else other_rule()
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = HRNN(params, **({} if rule is None else {"weights": rule}), other_weights=other_weights)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=complaint):
+        optimizer.load_state_dict(damaged(change))
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(value, after[index][key]) for index in before for key, value in before[index].items())
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("key", ["hidden", "square", "log_rate", "gradient_size"])
 def test_a_state_that_is_not_finite_is_refused(key, value):
@@ -466,3 +506,28 @@ def test_sizes_of_gradients_are_carried_over_to_other_weights_that_know_them():
 def test_other_weights_must_be_one_of_two():
     with pytest.raises(ValueError, match=r"other_weights must be one of \('refuse', 'adapt'\), not 'hope'"):
         HRNN(Regression().parameters(), other_weights="hope")
+
+
+def test_a_run_far_beyond_the_horizon_is_warned_of_once(monkeypatch):
+    """Also where it goes on from a checkpoint; and not at given rates, where nothing learned is at stake."""
+    monkeypatch.setattr("lightning_hrnn.optimizer.optimizer.horizon", lambda card: 0.5)
+
+    def run(steps, optimizer=None, **options):
+        param = torch.nn.Parameter(torch.ones(2))
+        mine = HRNN([param], **options)
+        if optimizer is not None:
+            mine.load_state_dict(optimizer.state_dict())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                param.grad = param.detach().clone()
+                mine.step()
+        return mine, [warning for warning in caught if "HRNN has taken" in str(warning.message)]
+
+    some, none = run(5)
+    assert none == []
+    assert run(3, rate="given", lr=1e-3)[1] == run(9, rate="given", lr=1e-3)[1] == []
+    for optimizer, steps in ((None, 9), (some, 3)):
+        (warning,) = run(steps, optimizer)[1]
+        assert "taken 6 steps with the weights 'hrnn-v" in str(warning.message)
+        assert warning.filename == __file__

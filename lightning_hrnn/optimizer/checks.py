@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lightning_hrnn.optimizer.sharding import local, why_unsupported
 from lightning_hrnn.optimizer.state import FALLBACK_LR, OPTIONAL_KEYS, STATE_KEYS, note_of
+
+LARGEST_LOG_RATE = 100.0  # beyond what a float holds
+MEND = "Resume from an earlier one."
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -63,12 +66,24 @@ def check_kind(state_dict: dict[str, Any]) -> None:
     """Refuse what is not the state of an `HRNN`."""
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(f"This is not an optimizer's state: it has the keys {sorted(map(str, state_dict))}.")
-    if FALLBACK_LR in note_of(state_dict):
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    maps = [states, *states.values()] if isinstance(states, dict) else [states]
+    maps += groups if isinstance(groups, list) else [groups, None]
+    if not all(isinstance(part, dict) for part in maps) or not all("params" in group for group in groups):
+        raise ValueError(
+            "This is no optimizer's state, or a damaged one: it must hold a dict for each parameter and a list of "
+            f"groups, dicts with 'params'. {MEND}"
+        )
+    if not isinstance(note := note_of(state_dict), dict):
+        raise ValueError(f"The note in the saved state is {note!r}: the checkpoint is damaged. {MEND}")
+    if not isinstance(skipped := note.get("skipped_steps", 0), int) or skipped < 0:
+        raise ValueError(f"The saved state says that {skipped!r} steps were skipped: it is damaged. {MEND}")
+    if FALLBACK_LR in note:
         raise ValueError(
             "This state is AdamW's, to which HRNN had fallen back. Go on from it with HRNNWithFallback, in Lightning "
             "by HRNNOptimizerCallback(on_divergence='adamw')."
         )
-    for index, state in state_dict["state"].items():
+    for index, state in states.items():
         missing = [key for key in STATE_KEYS if key not in state]
         foreign = sorted(str(key) for key in state if key not in (*STATE_KEYS, *OPTIONAL_KEYS))
         if missing or foreign:
@@ -77,17 +92,37 @@ def check_kind(state_dict: dict[str, Any]) -> None:
                 f"not know {foreign}, and lacks {missing}. It looks like another optimizer's; load it into that one, "
                 "or start HRNN without it."
             )
-    if any("initial_rate" not in group for group in state_dict["param_groups"]):  # SGD's state may be empty
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                what = f"of type {value.dtype}" if isinstance(value, Tensor) else f"no tensor but {value!r}"
+                raise ValueError(f"The saved {key} is {what}: the checkpoint is damaged. {MEND}")
+    if any("initial_rate" not in group for group in groups):  # SGD's state may be empty
         raise ValueError(
             "This is not the state of HRNN: its param groups have no initial_rate. It looks like another optimizer's; "
             "load it into that one, or start HRNN without it."
         )
-    for index, group in enumerate(state_dict["param_groups"]):
+    for index, group in enumerate(groups):
         try:
             check_numbers(group)
         except (KeyError, TypeError, ValueError) as error:
             why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"Group {index} of the saved state cannot be used: {why}") from error
+
+
+def check_members(saved: Collection[Any], known: Sequence[Any]) -> None:
+    """Refuse a saved state that has not just the parameters that its groups name.
+
+    Args:
+        saved: which parameters have a state.
+        known: which the groups name.
+    """
+    if lacking := [index for index in known if index not in saved]:
+        raise ValueError(f"The saved state lacks that of the parameters {lacking}: the checkpoint is damaged. {MEND}")
+    if strange := sorted(map(str, set(saved) - set(known))):
+        raise ValueError(
+            f"The saved state has that of parameters {strange}, which no group of it names: the checkpoint is damaged. "
+            f"{MEND}"
+        )
 
 
 def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) -> None:
@@ -103,8 +138,6 @@ def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) ->
             "optimizer with the weights it was saved with."
         )
     for key, value in state.items():
-        if key in saved and not isinstance(saved[key], Tensor):
-            raise ValueError(f"The saved {key} is no tensor but {saved[key]!r}: the checkpoint is damaged.")
         if key in saved and saved[key].shape != value.shape:
             raise ValueError(
                 f"The saved {key} has shape {list(saved[key].shape)} where a parameter of shape "
@@ -113,9 +146,9 @@ def check_fit(param: Tensor, state: dict[str, Tensor], saved: dict[str, Any]) ->
         if key in saved and not local(saved[key]).isfinite().all():
             raise ValueError(
                 f"The saved {key} of a parameter of shape {list(param.shape)} has values that are not finite, which "
-                "HRNN never writes: the checkpoint is damaged. Resume from an earlier one."
+                f"HRNN never writes: the checkpoint is damaged. {MEND}"
             )
     if "square" in saved and (local(saved["square"]) < 0).any():
-        raise ValueError(
-            "The saved square has values below zero: the checkpoint is damaged. Resume from an earlier one."
-        )
+        raise ValueError(f"The saved square has values below zero: the checkpoint is damaged. {MEND}")
+    if "log_rate" in saved and (local(saved["log_rate"]).abs() > LARGEST_LOG_RATE).any():
+        raise ValueError(f"The saved log_rate is beyond {LARGEST_LOG_RATE:g}: the checkpoint is damaged. {MEND}")

@@ -25,7 +25,14 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from lightning_hrnn.optimizer.adapt import OtherWeights, adapt_state
-from lightning_hrnn.optimizer.checks import check_fit, check_gradient, check_group, check_kind, check_one_device
+from lightning_hrnn.optimizer.checks import (
+    check_fit,
+    check_gradient,
+    check_group,
+    check_kind,
+    check_members,
+    check_one_device,
+)
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import StepKernel, TensorWork, check_kernel, choose_kernel
 from lightning_hrnn.optimizer.levels import (
@@ -37,7 +44,14 @@ from lightning_hrnn.optimizer.levels import (
     tensor_log_rates,
     upper_state,
 )
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, load_pretrained
+from lightning_hrnn.optimizer.pretrained import (
+    DEFAULT_WEIGHTS,
+    FAR,
+    fingerprint,
+    first_rate,
+    horizon,
+    load_pretrained,
+)
 from lightning_hrnn.optimizer.sharding import Ranks, is_sharded, local, local_grad
 from lightning_hrnn.optimizer.state import LOOKAHEAD, NOTE, STATE_DTYPES, initial_state, loaded_state, note_of
 
@@ -69,7 +83,7 @@ class HRNN(Optimizer):
         cooldown: a second multiplier, of all groups, for who knows how far the run has come; see
             `optimizer.schedule.cooldown`. 1 unless set.
         run_length: steps of the run, for who knows it and lets `cooldown` fall to 0 at its end; weights may read it,
-            as `hrnn-v7` does. 0, unknown, unless set. Like `cooldown` it is no part of
+            as `hrnn-v8` does. 0, unknown, unless set. Like `cooldown` it is no part of
             the state dict.
 
     Raises:
@@ -118,7 +132,8 @@ class HRNN(Optimizer):
         self._kernels: dict[str, StepKernel] = {}
         self._ranks = Ranks()
         self._true_weights: dict[Tensor, Tensor] = {}  # this rank's shards
-        self._skipped = 0
+        self._skipped = self._taken = 0
+        self.far_is_known = False  # somebody has warned of a run far beyond the horizon of the weights
         self._unread: Tensor | None = None  # skipped steps that the device has counted since
         self._cooldown, self._run_length = 1.0, 0.0
         if lr is None:
@@ -225,6 +240,22 @@ class HRNN(Optimizer):
         params, work, proceed = self._members()
         if params:
             self._update(params, work, proceed)
+            self._count_taken()
+
+    def _count_taken(self) -> None:
+        """Count the step, and warn once where the learned rates are beyond all that was measured of them."""
+        self._taken += 1
+        longest = horizon(self.card)
+        if self._rate == "learned" and not self.far_is_known and self._taken > FAR * longest:
+            self.far_is_known = True
+            warnings.warn(
+                f"HRNN has taken {self._taken:,} steps with the weights {self.weights_name!r}, which were meta-trained "
+                f"on runs of at most {longest:,.0f}. Whether their learned rates are right so far out nobody has "
+                "measured: watch them, with log_rates(), let lr fall, or go on with rate='given' and a schedule of "
+                "your own.",
+                UserWarning,
+                stacklevel=6,
+            )
 
     def _members(self) -> tuple[list[Tensor], list[TensorWork], Tensor | None]:
         """Return the parameters that move in this step, on every rank the same; none if a gradient is not finite.
@@ -440,6 +471,7 @@ class HRNN(Optimizer):
             notice = f"{differ} Averages, learned rates and ages are kept; the hidden states start anew."
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
+        check_members(state_dict["state"].keys(), saved_ids)
         for index, param in zip(saved_ids, params, strict=False):
             check_fit(param, self.state[param], state_dict["state"].get(index, {}))
         if notice:
@@ -456,6 +488,7 @@ class HRNN(Optimizer):
             group.pop(NOTE, None)
         self._given.clear()
         self._unread = None
+        self._taken = int(max(float(self.state[param]["age"]) for param in fresh)) if fresh else 0
         self._skipped = int(note_of(saved).get("skipped_steps", 0))
 
     def __getstate__(self) -> dict[str, Any]:
