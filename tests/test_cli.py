@@ -309,9 +309,23 @@ def test_the_module_is_the_checkpoints_and_what_that_overrules_is_said(fails, ca
         assert f"{overruled}: model=conv (not conv_bn), lr=None (not 0.1)." in caplog.text
     Path("cut.ckpt").write_bytes(saved.read_bytes()[:30000])
     Path("words.ckpt").write_text("hello")
-    for name in ("cut.ckpt", "words.ckpt"):
+    Path("empty.ckpt").touch()
+    torch.save([1], "list.ckpt")
+    torch.save({"a": 1}, "dict.ckpt")
+    whole = torch.load(saved, weights_only=True)
+    torch.save({key: whole[key] for key in whole if key not in ("optimizer_states", "lr_schedulers")}, "light.ckpt")
+    for name, why in (
+        ("cut.ckpt", "Error"),
+        ("words.ckpt", ""),
+        ("empty.ckpt", "EOFError"),
+        ("list.ckpt", "it holds a list, no dict"),
+        ("dict.ckpt", "it lacks ['pytorch-lightning_version', 'state_dict', 'loops', 'opt"),
+        ("light.ckpt", "it holds the weights alone, from which no fit goes on"),
+    ):
         error = fails(*go_on, name)
         assert f"The checkpoint '{name}' is not Lightning's, or not whole." in error
+        assert why in error
+        assert "EOFError:" not in error
         assert "weights_only" not in error  # torch's advice, which is not for a file that is damaged
 
 

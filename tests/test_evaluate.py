@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -23,7 +25,15 @@ from lightning_hrnn.evaluation.given import train_given
 from lightning_hrnn.evaluation.nets import VALIDATION_NETS
 from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Learned, Outcome, Trial
 from lightning_hrnn.evaluation.setting import Setting
-from lightning_hrnn.evaluation.statistics import diverged, interquartile_mean, interval, mean_log, reached, speedup
+from lightning_hrnn.evaluation.statistics import (
+    came_back,
+    diverged,
+    interquartile_mean,
+    interval,
+    mean_log,
+    reached,
+    speedup,
+)
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.unseen import unseen_nets
 from lightning_hrnn.evaluation.verdict import judge, summarise, tuned_parts
@@ -37,6 +47,7 @@ from lightning_hrnn.tasks.functions import Quadratic
 from lightning_hrnn.vision import FashionMNISTData
 
 SMALL = Setting("nets", steps=4, seeds=2, tuning_seeds=2)
+RULE = load_pretrained()
 TORCH = {
     "sgd": lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9),
     "rmsprop": lambda params, lr: torch.optim.RMSprop(params, lr),
@@ -435,6 +446,47 @@ def test_a_record_says_who_was_beaten():
     assert record(1.0)["beats"]["adam"] is False  # a tie is no win
     solved = record(0.0, adam=1e-30)  # both are below what single precision can tell
     assert (solved["beats"]["adam"], solved["speedup_vs_adam"]) == (False, 2.0)
+
+
+def test_a_run_that_loses_what_it_knew_is_counted():
+    curve = [[1.0] * 4, [1e-5, 1e-5, 1e-3, math.nan], [0.5, 1e-3, 0.5, 1e-5], [1e-6, 1e-6, 1e-6, 1.0]]
+    assert came_back(torch.tensor(curve), torch.ones(4)).tolist() == [True, False, False, False]
+    assert came_back(torch.tensor(curve), torch.full((4,), 1e3)).sum() == 0  # all is low beside the first
+    good, bad = record(0.5), record(0.5)
+    bad["hrnn_anytime"]["came_back"] = 2
+    report = EvaluationReport.of([good, bad], title="t", command="c", settings={})
+    assert "0 runs diverged, and 2 lost again what they had learned." in report.summary
+    assert report.verdict["anytime"]["came_back"] == 2
+    assert report.verdict["came_back"] == 0
+    assert "0 of 10 runs diverged. Without cooldown" in report.summary
+
+
+def test_tasks_that_were_looked_at_are_told_apart():
+    seen, unseen = record(0.5) | {"looked_at": True}, record(1.8)
+    report = EvaluationReport.of([seen, unseen], title="t", command="c", settings={})
+    assert report.verdict["win_rate_adam"] == 0.5
+    assert report.verdict["not_looked_at"]["tasks"] == 1
+    assert "Without the 1 tasks that whoever made the weights looked at: lower than Adam on 0% of 1" in report.summary
+    assert "no evidence" in EvaluationReport.of([seen], title="t", command="c", settings={}).summary
+    assert "looked at" not in EvaluationReport.of([unseen], title="t", command="c", settings={}).summary
+
+
+def test_a_process_that_is_killed_is_explained(tmp_path, monkeypatch):
+    class Broken:
+        def __init__(self, *_):
+            pass
+
+        def submit(self, *_):
+            future = Future()
+            future.set_exception(BrokenProcessPool("A child process terminated abruptly"))
+            return future
+
+        def shutdown(self, **_):
+            pass
+
+    monkeypatch.setattr("lightning_hrnn.evaluation.trials.ProcessPoolExecutor", Broken)
+    with pytest.raises(RuntimeError, match=r"was killed from outside.* give the same command again, with fewer"):
+        run_trials([Trial(SMALL, "gru", name) for name in BASELINES], RULE, Cache(tmp_path), 2)
 
 
 def test_records_add_up():

@@ -25,13 +25,14 @@ from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OUR
 from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.verdict import judge
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import choose_engine
 from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, load_pretrained
 
 QUICK: dict[str, Any] = {"steps": 50, "seeds": 2, "tuning_seeds": 1, "tasks": 2}
 NOT_SHOWN = ("default_adam", "given", "beaten")
 """Values that only the report's tables have room for."""
-NOT_SHOWN_IF_NARROW = ("anytime", "speedup", "diverged")
+NOT_SHOWN_IF_NARROW = ("anytime", "speedup", "diverged", "came_back")
 """Values that terminals of 80 columns have no room for; the sentences below the table sum them up."""
 WIDE = 1000
 DATA_DIR_HELP = "Folder of Fashion-MNIST's idx files; if null, data, or where Debian's package puts them."
@@ -64,9 +65,9 @@ def run(arguments: Sequence[str]) -> None:
     for task in tasks:
         setting.draw(task, "report", 1)  # says now if a data set is missing
     ready_folder(ready_folder(options.out) / "cache")
-    version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}"
-    outcomes = compare(setting, tasks, version, options, console)
-    records = [judge(setting, task, outcomes[task]) for task in tasks]
+    outcomes = compare(setting, tasks, rule, options, console)
+    looked_at = rule.card.get("looked_at", {}).get(options.suite, [])
+    records = [judge(setting, task, outcomes[task], looked_at) for task in tasks]
     report = EvaluationReport.of(
         records,
         title=f"{options.weights} on the suite {options.suite}, {options.steps:,} steps",
@@ -130,13 +131,18 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 
 def compare(
-    setting: Setting, tasks: Sequence[str], weights: str, options: Namespace, console: Console
+    setting: Setting, tasks: Sequence[str], rule: HierarchicalRNN, options: Namespace, console: Console
 ) -> dict[str, dict[str, Outcome]]:
-    """Return outcomes by task and optimizer, run behind a progress bar."""
+    """Return outcomes by task and optimizer, run behind a progress bar.
+
+    Raises:
+        KeyboardInterrupt: It says that nothing is lost.
+    """
+    version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}"
     others = (DEFAULT_ADAM, *BASELINES, *(CONSTANT if options.constant else ()))
     baselines = [Trial(setting, task, name) for task in tasks for name in others]
     ours = (OURS, ANYTIME, GIVEN) if options.given else (OURS, ANYTIME)
-    learned = [Trial(setting, task, name, weights) for task in tasks for name in ours]
+    learned = [Trial(setting, task, name, version) for task in tasks for name in ours]
     trials = [*learned, *baselines]
     with _progress(console) as bars:
         bar = bars.add_task(f"{len(trials)} trials", total=len(trials), last="")
@@ -146,7 +152,10 @@ def compare(
             if ended is not None:
                 bars.update(bar, last=f"{ended.task}: {ended.optimizer} done")
 
-        found = run_trials(trials, options.weights, Cache(options.out / "cache"), options.processes, report)
+        try:
+            found = run_trials(trials, rule, Cache(options.out / "cache"), options.processes, report)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("what has ended is kept, and the same command goes on from there") from None
         bars.update(bar, completed=len(trials))
     return {
         task: {trial.optimizer: outcome for trial, outcome in found.items() if trial.task == task} for task in tasks

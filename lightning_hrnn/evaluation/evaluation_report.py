@@ -21,6 +21,7 @@ LOSS_COLUMNS = (
     Column("beaten", "baselines beaten"),
     Column("speedup", "speed-up", ".2f"),
     Column("diverged", "diverged", "d"),
+    Column("came_back", "came back", "d"),
 )
 COST_COLUMNS = (
     Column("task", "task"),
@@ -52,7 +53,7 @@ def losses_row(record: Mapping[str, Any]) -> Record:
         "default_adam": record["default_adam"]["mean"],
         "beaten": _beaten(record["beats"]),
         "speedup": record["speedup_vs_adam"],
-        "diverged": record["hrnn"]["diverged"] + record["hrnn_anytime"]["diverged"],
+        **{key: record["hrnn"][key] + record["hrnn_anytime"][key] for key in ("diverged", "came_back")},
     }
 
 
@@ -148,9 +149,27 @@ def sentence(verdict: Record) -> str:
         f"{verdict['within_5_percent_of_adam']:.0%}; lower than Adam at 1e-3 on "
         f"{verdict['win_rate_default_adam']:.0%}. Speed-up over tuned Adam, interquartile mean: "
         f"{verdict['speedup_iqm']:.2f} (95 % interval {low:.2f} to {high:.2f}). "
-        f"{verdict['diverged']} of {verdict['runs']} runs diverged. Without cooldown, not knowing the length of the "
-        f"run, it ends lower than tuned Adam on {verdict['anytime']['win_rate_adam']:.0%}, and "
-        f"{verdict['anytime']['diverged']} runs diverged.{_constant(verdict['constant'])}{_given(verdict['given'])}"
+        f"{verdict['diverged']} of {verdict['runs']} runs diverged{_came_back(verdict)}. Without cooldown, not knowing "
+        f"the length of the run, it ends lower than tuned Adam on {verdict['anytime']['win_rate_adam']:.0%}, and "
+        f"{verdict['anytime']['diverged']} runs diverged{_came_back(verdict['anytime'])}."
+        f"{_constant(verdict['constant'])}{_given(verdict['given'])}{_not_looked_at(verdict)}"
+    )
+
+
+def _came_back(verdict: Record) -> str:
+    return f", and {count} lost again what they had learned" if (count := verdict["came_back"]) else ""
+
+
+def _not_looked_at(verdict: Record) -> str:
+    part = verdict["not_looked_at"]
+    if part["tasks"] == verdict["tasks"]:
+        return ""
+    if not part["tasks"]:
+        return " Whoever made the weights looked at all of these tasks: they are no evidence."
+    return (
+        f" Without the {verdict['tasks'] - part['tasks']} tasks that whoever made the weights looked at: lower than "
+        f"Adam on {part['win_rate_adam']:.0%} of {part['tasks']}, than RMSProp on {part['win_rate_rmsprop']:.0%}, than "
+        f"all on {part['win_rate_best']:.0%}; within 5 % of Adam or lower on {part['within_5_percent_of_adam']:.0%}."
     )
 
 

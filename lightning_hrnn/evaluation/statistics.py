@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 LOSS_FLOOR = 1e-12  # of the first loss: below this, single precision says nothing
+LEARNED, LOST = 1e-4, 1e-2  # of the first loss: who was below the one and rises above the other has lost what it knew
 DRAWS = 2000
 CONFIDENCE = 0.95
 
@@ -34,6 +35,17 @@ def mean_log(losses: Tensor, initial: Tensor) -> Tensor:
 def diverged(curve: Tensor, final: Tensor, initial: Tensor) -> Tensor:
     """Tell which runs were ever not finite or ended above where they began. [N, K], [K], [K] -> [K]"""
     return ~(curve.isfinite().all(0) & (final <= initial))
+
+
+def came_back(curve: Tensor, initial: Tensor) -> Tensor:
+    """Tell in which runs the loss fell below 1e-4 of the first, and was above 1e-2 of it later. [N, K], [K] -> [K]
+
+    Example:
+        >>> came_back(torch.tensor([[1e-5, 0.5], [2.0, 0.5]]), torch.tensor([1.0, 1.0]))
+        tensor([ True, False])
+    """
+    lowest = curve.cummin(0).values
+    return ((lowest < LEARNED * initial) & (curve > LOST * initial)).any(0)
 
 
 def reached(steps: Sequence[int], curve: Sequence[float], target: float) -> int | None:

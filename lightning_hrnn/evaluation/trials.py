@@ -10,6 +10,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
 from dataclasses import asdict
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -19,8 +21,8 @@ import torch
 
 from lightning_hrnn.evaluation.protocol import Learned, Outcome, Trial
 from lightning_hrnn.meta.memory import keep_freed_memory
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import choose_engine
-from lightning_hrnn.optimizer.pretrained import load_pretrained
 
 POLL = 0.5  # seconds between looks at how far the trials have come
 
@@ -54,7 +56,7 @@ class Cache(NamedTuple):
 
 def run_trials(
     trials: Sequence[Trial],
-    weights: str,
+    rule: HierarchicalRNN,
     cache: Cache,
     processes: int,
     report: Callable[[float, Trial | None], None] = lambda done, trial: None,
@@ -63,11 +65,14 @@ def run_trials(
 
     Args:
         trials: what to run, in this order.
-        weights: of the learned optimizer, a name or a file.
+        rule: the learned optimizer.
         cache: where outcomes are kept.
         processes: how many trials to run at once, each on one thread; 1 runs them in this process.
         report: called with the number of trials done, fractions of running ones included, and with each trial that
             has just ended.
+
+    Raises:
+        RuntimeError: a process was killed from outside.
     """
     outcomes: dict[Trial, Outcome] = {}
     for trial in trials:
@@ -77,7 +82,7 @@ def run_trials(
     report(float(len(outcomes)), None)
     missing = [trial for trial in trials if trial not in outcomes]
     run = _here if processes == 1 else _in_processes
-    for trial, outcome in run(missing, weights, min(processes, len(missing)), len(outcomes), report):
+    for trial, outcome in run(missing, rule, min(processes, len(missing)), len(outcomes), report):
         cache.write(trial, outcome)
         outcomes[trial] = outcome
     return {trial: outcomes[trial] for trial in trials}
@@ -87,7 +92,7 @@ Report = Callable[[float, Trial | None], None]
 
 
 def _here(
-    trials: Sequence[Trial], weights: str, processes: int, before: int, report: Report
+    trials: Sequence[Trial], rule: HierarchicalRNN, processes: int, before: int, report: Report
 ) -> Iterator[tuple[Trial, Outcome]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more of them only wait for each other on tasks this small
@@ -100,14 +105,14 @@ def _here(
             report(done, None)
 
         for trial in trials:
-            yield trial, trial.run(_learned(trial, weights), tick)
+            yield trial, trial.run(_learned(trial, rule), tick)
             report(done, trial)
     finally:
         torch.set_num_threads(threads)
 
 
 def _in_processes(
-    trials: Sequence[Trial], weights: str, processes: int, before: int, report: Report
+    trials: Sequence[Trial], rule: HierarchicalRNN, processes: int, before: int, report: Report
 ) -> Iterator[tuple[Trial, Outcome]]:
     if not trials:
         return
@@ -116,13 +121,18 @@ def _in_processes(
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, _begin_worker, (done,))
     try:
-        running: dict[Future[Outcome], Trial] = {pool.submit(_run_in_worker, trial, weights): trial for trial in trials}
+        running: dict[Future[Outcome], Trial] = {pool.submit(_run_in_worker, trial, rule): trial for trial in trials}
         while running:
             for future in wait(running, POLL, FIRST_COMPLETED).done:
                 trial = running.pop(future)
                 yield trial, future.result()
                 report(done.value, trial)
             report(done.value, None)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "One of the processes was killed from outside, usually because memory ran out. What has ended is kept: "
+            "give the same command again, with fewer --processes."
+        ) from error
     except BaseException:
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()
@@ -150,18 +160,17 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _run_in_worker(trial: Trial, weights: str) -> Outcome:
+def _run_in_worker(trial: Trial, rule: HierarchicalRNN) -> Outcome:
     def tick(share: float) -> None:
         if _done is not None:
             with _done.get_lock():
                 _done.value += share
 
-    return trial.run(_learned(trial, weights), tick)
+    return trial.run(_learned(trial, rule), tick)
 
 
-def _learned(trial: Trial, weights: str) -> Learned | None:
+def _learned(trial: Trial, rule: HierarchicalRNN) -> Learned | None:
     if not trial.is_learned:
         return None
-    rule = load_pretrained(weights).requires_grad_(False)
-    engine = choose_engine("auto", rule) if trial.setting.device == "cpu" else None
-    return Learned(rule, engine)
+    rule = deepcopy(rule).requires_grad_(False)
+    return Learned(rule, choose_engine("auto", rule) if trial.setting.device == "cpu" else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,22 @@ from torch import Tensor
 from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT
 from lightning_hrnn.evaluation.protocol import ANYTIME, DEFAULT_ADAM, GIVEN, OURS, RATES, Outcome
 from lightning_hrnn.evaluation.setting import SELECTION, Setting
-from lightning_hrnn.evaluation.statistics import LOSS_FLOOR, diverged, interquartile_mean, interval, mean_log, speedup
+from lightning_hrnn.evaluation.statistics import (
+    LOSS_FLOOR,
+    came_back,
+    diverged,
+    interquartile_mean,
+    interval,
+    mean_log,
+    speedup,
+)
 
 CLOSE = 1.05  # "within 5 %"
 
 Record = dict[str, Any]
 
 
-def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Record:
+def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome], looked_at: Collection[str] = ()) -> Record:
     """Compare the learned optimizer with all others on one task.
 
     One optimizer beats another if the geometric mean of its final losses over the seeds is lower; a run whose loss is
@@ -30,6 +38,7 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
         task: its name.
         outcomes: of `"hrnn"`, `"hrnn_anytime"`, `"default_adam"` and every baseline; `"hrnn_given"` may be there, and
             so may every baseline at a constant rate, with which `"hrnn_anytime"` is compared.
+        looked_at: tasks that whoever made the weights looked at.
     """
     ours, anytime, adam = outcomes[OURS], outcomes[ANYTIME], outcomes["adam"]
     level = {name: _level(outcome) for name, outcome in outcomes.items()}
@@ -58,6 +67,7 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome]) -> Recor
         "task": task,
         "steps": setting.steps,
         "used_for_selection": task.startswith(f"{SELECTION}/"),
+        "looked_at": task in looked_at,
         "initial": ours.initial,
         "hrnn": _learned(ours, level[OURS]),
         "hrnn_anytime": {
@@ -84,29 +94,27 @@ def summarise(records: Sequence[Record]) -> Record:
     Returns:
         `win_rate_NAME` for each baseline, `win_rate_best` (all tuned baselines beaten), `win_rate_default_adam`,
         `win_rate_pairs_adam` (share of task and seed pairs), `within_5_percent_of_adam`, `speedup_iqm` with its 95 %
-        bootstrap interval `speedup_iqm_interval`, `diverged` of `runs`, `tasks`, `seconds` on the wall of the learned
-        optimizer and of the baselines, tuning apart; `anytime`, win rates and diverged runs without cooldown; `given`,
-        win rates of the rule's direction at tuned rates, None where it was not run; `constant`, win rates without
-        cooldown over baselines at constant rates, None where they were not run.
+        bootstrap interval `speedup_iqm_interval`, `diverged` and `came_back` of `runs`, `tasks`, `seconds` on the wall
+        of the learned optimizer and of the baselines, tuning apart; `not_looked_at`, shares and number of the tasks
+        that nobody looked at who made the weights; `anytime`, the same without cooldown; `given`, win rates of the
+        rule's direction at tuned rates, None where it was not run; `constant`, win rates without cooldown over
+        baselines at constant rates, None where they were not run.
     """
     speeds = torch.tensor([record["speedups_vs_adam"] for record in records], dtype=torch.float64).log()
     given = [record[GIVEN] for record in records if GIVEN in record]
     constant = [record["constant"] for record in records if "constant" in record]
-    everyone = {f"win_rate_{name}": _share([record["beats"][name] for record in records]) for name in BASELINES}
     return {
-        "tasks": len(records),
+        **_shares(records),
+        "not_looked_at": _shares([record for record in records if not record["looked_at"]]),
         "runs": sum(len(record["hrnn"]["final"]) for record in records),
-        **everyone,
-        "win_rate_best": _share([all(record["beats"].values()) for record in records]),
-        "win_rate_default_adam": _share([record["beats_default_adam"] for record in records]),
         "win_rate_pairs_adam": _share([pair for record in records for pair in record["beaten_pairs"]["adam"]]),
-        "within_5_percent_of_adam": _share([record["within_5_percent_of_adam"] for record in records]),
         "anytime": {
             **{
                 f"win_rate_{name}": _share([record["hrnn_anytime"]["beats"][name] for record in records])
                 for name in BASELINES
             },
             "diverged": sum(record["hrnn_anytime"]["diverged"] for record in records),
+            "came_back": sum(record["hrnn_anytime"]["came_back"] for record in records),
         },
         "given": {f"win_rate_{name}": _share([one["beats"][name] for one in given]) for name in BASELINES},
         "constant": {
@@ -119,11 +127,23 @@ def summarise(records: Sequence[Record]) -> Record:
         "speedup_iqm": float(interquartile_mean(speeds.flatten()).exp()) if records else None,
         "speedup_iqm_interval": [math.exp(edge) for edge in interval(speeds)] if records else None,
         "diverged": sum(record["hrnn"]["diverged"] for record in records),
+        "came_back": sum(record["hrnn"]["came_back"] for record in records),
         "seconds": {
             "hrnn": sum(record["hrnn"]["seconds"] for record in records),
             **{name: sum(record["baselines"][name]["seconds"] for record in records) for name in BASELINES},
             "tuning": sum(part["tuning_seconds"] for record in records for part in tuned_parts(record).values()),
         },
+    }
+
+
+def _shares(records: Sequence[Record]) -> Record:
+    """Return the number of tasks, and on which share of them the learned optimizer ends lower, or close."""
+    return {
+        "tasks": len(records),
+        **{f"win_rate_{name}": _share([record["beats"][name] for record in records]) for name in BASELINES},
+        "win_rate_best": _share([all(record["beats"].values()) for record in records]),
+        "win_rate_default_adam": _share([record["beats_default_adam"] for record in records]),
+        "within_5_percent_of_adam": _share([record["within_5_percent_of_adam"] for record in records]),
     }
 
 
@@ -139,11 +159,17 @@ def count_diverged(outcome: Outcome) -> int:
     return int(diverged(curve, final, initial).sum())
 
 
+def count_came_back(outcome: Outcome) -> int:
+    """Count the runs that lost again what they had learned, see `statistics.came_back`."""
+    return int(came_back(torch.tensor(outcome.curve), torch.tensor(outcome.initial)).sum())
+
+
 def _learned(outcome: Outcome, level: float) -> Record:
     return {
         "final": outcome.final,
         "mean": math.exp(level),
         "diverged": count_diverged(outcome),
+        "came_back": count_came_back(outcome),
         "seconds": outcome.seconds,
     }
 
@@ -154,6 +180,7 @@ def _baseline(outcome: Outcome, level: float) -> Record:
         "final": outcome.final,
         "mean": math.exp(level),
         "diverged": count_diverged(outcome),
+        "came_back": count_came_back(outcome),
         "at_edge_of_grid": outcome.lr in (RATES[0], RATES[-1]),
         "seconds": outcome.seconds,
         "tuning_seconds": outcome.tuning_seconds,

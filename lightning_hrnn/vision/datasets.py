@@ -149,7 +149,8 @@ class IdxImageData(ImageData):
         return (
             f"{self.name} not found: neither {looked} holds the four files "
             f"{', '.join(f'{part}.gz' for part in IDX_PARTS)}. {self.obtain} "
-            "Name their folder with --data.data_dir (demo: --data-dir), or download them with --data.download true."
+            "Name their folder with --data.data_dir (demo, evaluate: --data-dir); train also downloads them, with "
+            "--data.download true."
         )
 
 
