@@ -1,9 +1,12 @@
 """`check_task` refuses every way of breaking the interface, and says which."""
 
+import random
+
 import pytest
 import torch
 
-from lightning_hrnn.tasks import TaskError, TaskFamily, check_task
+from lightning_hrnn.datamodule import TaskDataModule
+from lightning_hrnn.tasks import FAMILIES, Corpus, TaskError, TaskFamily, check_task, get_family, register
 
 
 class Sphere(TaskFamily):
@@ -115,6 +118,70 @@ class Shrunk(Sphere):
 class NoGradientInFloat32(Sphere):
     def loss(self, params, data, generator=None):
         return super().loss(params, data, generator) + 1e200 * params[0].square().sum(-1) / 1e200
+
+
+def returning(method, value):
+    """Return a family one of whose methods returns something else."""
+    return type("Returning", (Sphere,), {method: lambda self, *arguments: value})()
+
+
+def raising(self, *_):
+    raise KeyError("where")
+
+
+def idle(self, count, generator):
+    return [torch.ones(count, 3), torch.ones(count, 3)], {"at": torch.zeros(count, 3)}
+
+
+UNFIT = {
+    "the class": (Sphere, r"Sphere is the class: give an instance, Sphere\(\)"),
+    "no family": (3, "3 is no task family"),
+    "no name": (type("Nameless", (Sphere,), {"name": None})(), "it has no name"),
+    "init gives nothing": (returning("init", None), r"init returned None; return \(params, data\)"),
+    "init gives params": (returning("init", [torch.ones(2, 3)]), "init returned a list of 1: Tensor"),
+    "init gives three": (returning("init", (1, 2, 3)), "init returned a tuple of 3: int, int, int"),
+    "one tensor": (returning("init", (torch.ones(2, 3), {})), "params are of type Tensor; return a list"),
+    "no data": (returning("init", ([torch.ones(2, 3)], None)), "data are None; return a dict of tensors, an empty"),
+    "data in a list": (returning("init", ([torch.ones(2, 3)], [])), "data are a list of 0"),
+    "numbers for data": (returning("init", ([torch.ones(2, 3)], {"at": 3})), "data are of type dict"),
+    "uneven": (returning("init", ([torch.ones(2, 3), torch.ones(3)], {})), r"params\[1\] has shape \(3,\)"),
+    "an error": (type("Raising", (Sphere,), {"init": raising})(), "init raised KeyError: 'where'"),
+    "a loss that is a float": (returning("loss", 1.0), r"loss returned of type float; return a tensor of shape \[\d\]"),
+    "a loss that is none": (returning("loss", None), "loss returned None"),
+    "a list of losses": (returning("loss", [1.0, 2.0]), "loss returned a list of 2: float, float"),
+    "a column": (returning("loss", torch.ones(2, 1)), r"loss has shape \(2, 1\); return \[2\]"),
+    "not a number": (returning("loss", torch.full((2,), torch.nan)), "the loss at the start is not finite"),
+    "detached": (returning("loss", torch.ones(2)), "the loss has no gradient"),
+    "an idle parameter": (type("Idle", (Sphere,), {"init": idle})(), r"the parameters \[1\] have no part in the loss"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_what_cannot_be_trained_on_is_refused_at_once(kind):
+    family, complaint = UNFIT[kind]
+    with pytest.raises(TaskError, match=complaint):
+        TaskDataModule(family=family)
+    with pytest.raises(TaskError):
+        check_task(family, torch.Generator().manual_seed(0))
+
+
+def test_one_instance_or_draw_is_too_few_to_check():
+    for wrong in ({"count": 1}, {"draws": 1}):
+        with pytest.raises(ValueError, match="must be at least 2, not 1"):
+            check_task(Sphere(), torch.Generator().manual_seed(0), **wrong)
+
+
+def test_factories_that_make_no_family_are_refused():
+    with pytest.raises(TypeError, match=r"register a function of a .*, not None"):
+        register("nothing")(None)
+    register("empty")(lambda rng: None)
+    try:
+        with pytest.raises(TypeError, match="its factory returned None, no TaskFamily"):
+            get_family("empty", random.Random(0))
+        with pytest.raises(ValueError, match="must be positive, got 'x'"):
+            Corpus("mine", "1", {"empty": "x"})
+    finally:
+        del FAMILIES["empty"]
 
 
 BROKEN = {

@@ -1,5 +1,7 @@
 """`check_task`: does a task family keep the interface? For the registry's tests and for families of your own.
 
+`check_interface` is the part of it that costs nothing: what training cannot do without.
+
 Shapes: B instances, P scalar parameters.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +37,12 @@ def check_task(family: TaskFamily, generator: torch.Generator, count: int = 3, d
 
     Raises:
         TaskError: the first check that fails.
+        ValueError: `count` is less than 2, or `draws` less than 2.
     """
+    for name, number in (("count", count), ("draws", draws)):
+        if number < 2:
+            raise ValueError(f"{name} must be at least 2, not {number}: one alone has nothing to differ from.")
+    check_interface(family, generator, count)
     with _float64():
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         params, data = family.init(count, _seeded(generator, seed))
@@ -52,9 +60,72 @@ def check_task(family: TaskFamily, generator: torch.Generator, count: int = 3, d
     _check_float32(family, count, generator)
 
 
+def check_interface(family: TaskFamily, generator: torch.Generator, count: int = 2) -> None:
+    """Check that `family` can be trained on: kinds, shapes, a first loss that is finite, a gradient of each parameter.
+
+    Args:
+        family: the family to check.
+        generator: source of randomness; the checks run on its device.
+        count: instances to make.
+
+    Raises:
+        TaskError: the first check that fails.
+    """
+    if not isinstance(family, TaskFamily):
+        if isinstance(family, type) and issubclass(family, TaskFamily):
+            raise TaskError(f"{family.__name__} is the class: give an instance, {family.__name__}().")
+        raise TaskError(f"{family!r} is no task family: give an instance of a subclass of TaskFamily.")
+    _demand(isinstance(getattr(family, "name", None), str), family, "it has no name; give the class `name = ...`")
+    made = _called(family, "init", count, generator)
+    _demand(isinstance(made, tuple) and len(made) == 2, family, f"init returned {_kind(made)}; return (params, data)")
+    params, data = made
+    _demand(
+        isinstance(params, list | tuple) and all(isinstance(value, Tensor) for value in params),
+        family,
+        f"params are {_kind(params)}; return a list of tensors",
+    )
+    _demand(
+        isinstance(data, dict) and all(isinstance(value, Tensor) for value in data.values()),
+        family,
+        f"data are {_kind(data)}; return a dict of tensors, an empty one if there are none",
+    )
+    _check_tensors(family, list(params), data, count, generator.device)
+    for source in (None, generator):
+        leaves = [value.detach().requires_grad_() for value in params]
+        losses = _called(family, "loss", leaves, data, source)
+        _demand(
+            isinstance(losses, Tensor), family, f"loss returned {_kind(losses)}; return a tensor of shape [{count}]"
+        )
+        shape = tuple(losses.shape)
+        _demand(shape == (count,), family, f"loss has shape {shape}; return [{count}], one each")
+        finite = losses.isfinite().all()
+        _demand(finite, family, f"the loss at the start is not finite in {losses.dtype}: {losses.tolist()}")
+        _demand(losses.requires_grad, family, "the loss has no gradient; is it detached, or computed without torch?")
+        grads: tuple[Tensor | None, ...] = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        idle = [k for k, grad in enumerate(grads) if grad is None]
+        _demand(
+            not idle, family, f"the parameters {idle} have no part in the loss; leave them out, or put them in data"
+        )
+
+
+def _called(family: TaskFamily, method: str, *arguments: Any) -> Any:
+    """Call a method of a family; whatever it raises names the family."""
+    try:
+        return getattr(family, method)(*arguments)
+    except Exception as error:
+        what = f"{method} raised {type(error).__name__}: {error}"
+        raise TaskError(f"task family {getattr(family, 'name', None)!r}: {what}") from error
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)}: {', '.join(type(item).__name__ for item in value)}"
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
 def _demand(holds: bool | Tensor, family: TaskFamily, message: str) -> None:
     if not holds:
-        raise TaskError(f"task family {family.name!r} ({family}): {message}")
+        raise TaskError(f"task family {getattr(family, 'name', type(family).__name__)!r}: {message}")
 
 
 @contextmanager

@@ -48,13 +48,17 @@ class Corpus:
         for family, weight in self.weights.items():
             if family not in FAMILIES:
                 raise ValueError(f"corpus {self.name!r}: {unknown('task family', family, FAMILIES)}")
-            if not 0 < weight < math.inf:
-                raise ValueError(f"corpus {self.name!r}: the weight of {family!r} must be positive, got {weight}")
+            if not _is_positive(weight):
+                raise ValueError(f"corpus {self.name!r}: the weight of {family!r} must be positive, got {weight!r}")
 
     def sample(self, rng: random.Random) -> TaskFamily:
         """Draw a family's name by weight, then its configuration."""
         (name,) = rng.choices(list(self.weights), weights=list(self.weights.values()))
         return FAMILIES[name](rng)
+
+
+def _is_positive(weight: object) -> bool:
+    return isinstance(weight, int | float) and 0 < weight < math.inf
 
 
 def get_corpus(name: str) -> Corpus:

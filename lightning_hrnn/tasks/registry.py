@@ -21,6 +21,7 @@ def register(name: str) -> Callable[[Factory], Factory]:
     """Enter a factory into `FAMILIES` under `name`; the families it draws carry that name.
 
     Raises:
+        TypeError: what is registered cannot be called, or returns no family, once it is drawn from.
         ValueError: the name is taken.
 
     Example::
@@ -39,9 +40,15 @@ def register(name: str) -> Callable[[Factory], Factory]:
         if name in FAMILIES:
             raise ValueError(f"task family {name!r} is registered already; choose another name")
 
+        if not callable(factory):
+            raise TypeError(f"task family {name!r}: register a function of a random.Random, not {factory!r}")
+
         @functools.wraps(factory)
         def draw(rng: random.Random) -> TaskFamily:
-            return named(name, factory(rng))
+            family = factory(rng)
+            if not isinstance(family, TaskFamily):
+                raise TypeError(f"task family {name!r}: its factory returned {family!r}, no TaskFamily")
+            return named(name, family)
 
         FAMILIES[name] = draw
         return factory
