@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
 from lightning.pytorch import LightningDataModule
 
 from lightning_hrnn.evaluation.suites import ValidationRun, validation_suite
 from lightning_hrnn.meta.truncation import TaskStream
 from lightning_hrnn.tasks.base import TaskFamily
+from lightning_hrnn.tasks.conformance import check_interface
 from lightning_hrnn.tasks.corpus import Corpus, get_corpus
 
 T = TypeVar("T")
@@ -45,6 +47,10 @@ class TaskDataModule(LightningDataModule):
         validation_steps: inner steps of a validation run.
         family: a task family of your own to train on instead of a corpus; it is drawn again and again.
 
+    Raises:
+        TaskError: `family` does not keep the interface; `check_task` tests more of it.
+        ValueError: a number is less than 1, or there is no such corpus or validation task.
+
     Example::
 
         Trainer(max_steps=1000).fit(MetaLearner(), TaskDataModule("quick"))
@@ -68,7 +74,9 @@ class TaskDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
-        self.source: Corpus | TaskFamily = family or get_corpus(corpus)
+        if family is not None:
+            check_interface(family, torch.Generator().manual_seed(seed))
+        self.source: Corpus | TaskFamily = get_corpus(corpus) if family is None else family
         self.instances, self.epoch_steps, self.seed = instances, epoch_steps, seed
         self.validation, self.validation_steps = validation_suite(validation), validation_steps
         self.stream: TaskStream | None = None
@@ -99,10 +107,23 @@ class TaskDataModule(LightningDataModule):
         """Return the validation runs, one network each, all of them on every rank."""
         return _Batches([ValidationRun(name, self.validation_steps) for name in self.validation])
 
-    def state_dict(self) -> dict[str, int]:
-        """Return how many tasks were drawn, so that a resumed run goes on with others."""
-        return {"drawn": self.stream.drawn if self.stream else 0}
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many tasks were drawn, so that a resumed run goes on with others, and from what."""
+        drawn = self.stream.drawn if self.stream else 0
+        return {"drawn": drawn, **self.description, "instances": self.instances}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on drawing where the run stopped."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on drawing where the run stopped.
+
+        Raises:
+            ValueError: it drew from another corpus, with another seed, or another number of instances.
+        """
+        own = self.state_dict()
+        changed = {key: value for key, value in state_dict.items() if key != "drawn" and own.get(key) != value}
+        if changed:
+            raise ValueError(
+                f"The run that stopped drew its tasks with {changed}, this one would with "
+                f"{ ({key: own.get(key) for key in changed}) }: give the same to go on, or start anew from the weights "
+                "that it exported, with --model.weights."
+            )
         self._started().drawn = state_dict["drawn"]

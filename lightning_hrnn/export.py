@@ -38,6 +38,11 @@ class WeightsExport(Callback):
         self.path, self.monitor, self.notes, self.keep_all = Path(path), monitor, notes or {}, keep_all
         self.best = math.inf
 
+    @property
+    def state_key(self) -> str:
+        """Tell exports by different metrics apart, so that a trainer may have several."""
+        return self._generate_state_key(monitor=self.monitor)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse other modules and other suffixes before the work starts.
 
@@ -51,9 +56,16 @@ class WeightsExport(Callback):
             raise ValueError(f"Weights are exported as .safetensors, not to {self.path}.")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export if the metric improved, or always."""
+        """Export if the metric improved, or always; the sanity check tells already whether there is such a metric.
+
+        Raises:
+            ValueError: there is no metric of that name.
+        """
         value = trainer.callback_metrics.get(self.monitor)
-        if trainer.sanity_checking or value is None:
+        if value is None:
+            known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+            raise ValueError(f"No metric {self.monitor!r} says which weights are best: WeightsExport knows {known}.")
+        if trainer.sanity_checking:
             return
         if self.keep_all and trainer.is_global_zero and isinstance(pl_module, MetaLearner):
             beside = self.path.with_name(f"step_{trainer.global_step}.safetensors")

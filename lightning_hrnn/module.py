@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict, deque
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,6 +94,12 @@ class MetaLearner(LightningModule):
             raise ValueError(f"scored_steps must be between 1 and window={window}, not {scored_steps}.")
         if not 0 <= averaging < 1:
             raise ValueError(f"averaging must be in [0, 1), not {averaging}.")
+        for name, count, least in (("warmup_steps", warmup_steps, 0), ("threads", threads, 1)):
+            if count < least:
+                raise ValueError(f"{name} must be at least {least}, not {count}.")
+        for name, rate in (("learning_rate", learning_rate), ("initial_rate", initial_rate)):
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {rate}.")
         self.rule = _starting_rule(preset, rule_changes or {}, weights)
         self.average = AveragedModel(self.rule, multi_avg_fn=get_ema_multi_avg_fn(averaging)).requires_grad_(False)
         self.started_from = weights
@@ -220,9 +225,10 @@ class MetaLearner(LightningModule):
         self.log("val/diverged", result.diverged, sync_dist=True, batch_size=1)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the score that chooses the best checkpoint."""
-        score = torch.stack([result.regret for result in self._evaluation.values()]).mean()
-        self.log("val/regret", score, prog_bar=True, sync_dist=True)
+        """Log the score that chooses the best checkpoint, and that of the ends of runs alone."""
+        for name in ("regret", "final"):
+            score = torch.stack([getattr(result, name) for result in self._evaluation.values()]).mean()
+            self.log(f"val/{name}", score, prog_bar=name == "regret", sync_dist=True)
 
     # ------------------------------------------------------------------ what is kept
 
@@ -234,6 +240,9 @@ class MetaLearner(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the tasks in flight, at the first window, when the stream that draws them is at hand."""
+        values = checkpoint.get("state_dict", {}).values()
+        if not all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor)):
+            raise ValueError("The checkpoint has meta-parameters that are not finite: go on from an earlier one.")
         self._stored_pool = checkpoint.get("task_pool")
         self.estimator.load_state_dict(checkpoint.get("estimator", {}))
         self.skipped_meta_steps = checkpoint.get("skipped_meta_steps", 0)
@@ -276,7 +285,7 @@ def _starting_rule(preset: str, changes: dict[str, Any], weights: str | None) ->
     if not changes:
         return loaded.train()
     try:
-        return reconfigured(loaded, replace(loaded.config, **changes)).train()
+        return reconfigured(loaded, loaded.config.changed(**changes)).train()
     except RuntimeError as error:
         raise ValueError(
             f"rule_changes {sorted(changes)} need other meta-parameters than the weights {weights!r} have: change "

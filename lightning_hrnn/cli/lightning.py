@@ -8,6 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -20,6 +21,9 @@ from lightning_hrnn.cli.every_run import GoOnWithHRNN, LeaveProcessGroup
 from lightning_hrnn.cli.folders import ready_folder
 from lightning_hrnn.cli.parser import parser_options
 from lightning_hrnn.cli.run_report import write_run_report
+
+WEIGHTS_ONLY = ("pytorch-lightning_version", "state_dict")  # parts of a checkpoint that is not whole
+WHOLE = (*WEIGHTS_ONLY, "loops", "optimizer_states", "lr_schedulers")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -61,15 +65,18 @@ class CommandCLI(LightningCLI):
         """Take the module's options from the checkpoint, as Lightning does, and say which ones that changes.
 
         Raises:
-            ValueError: if the file cannot be read.
+            ValueError: if the file cannot be read, or nothing can be gone on with from it.
         """
         given = self._module_options()
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         try:
+            if path and Path(path).is_file():
+                needed = WHOLE if self.config.subcommand == "fit" else WEIGHTS_ONLY
+                _check_parts(torch.load(path, weights_only=True, map_location="meta"), needed)
             super()._parse_ckpt_path()
         except (OSError, RuntimeError, EOFError, LookupError, UnpicklingError) as error:
-            path = str(self.config[self.config.subcommand].ckpt_path)
-            why = f"{type(error).__name__}: {error}".partition(". ")[0].splitlines()[0].rstrip(".")
-            raise ValueError(f"The checkpoint {path!r} is not Lightning's, or not whole. {why}.") from error
+            why = f"{type(error).__name__}: {error}".partition(". ")[0].splitlines()[0].rstrip(".: ")
+            raise ValueError(f"The checkpoint {str(path)!r} is not Lightning's, or not whole. {why}.") from error
         taken = self._module_options()
         if changed := [f"{name}={taken[name]} (not {given[name]})" for name in given if given[name] != taken.get(name)]:
             rank_zero_info(f"Taken from the checkpoint, whatever was given: {', '.join(changed)}.")
@@ -129,6 +136,19 @@ class CommandCLI(LightningCLI):
         if self.out is not None and self.trainer.is_global_zero:
             command = f"{self.parser.prog} {self.subcommand}"
             write_run_report(Path(self.out), command, self.trainer)
+
+
+def _check_parts(checkpoint: Any, needed: Sequence[str]) -> None:
+    """Refuse what is no checkpoint, or lacks parts.
+
+    Raises:
+        LookupError: it says which.
+    """
+    if not isinstance(checkpoint, dict):
+        raise LookupError(f"it holds a {type(checkpoint).__name__}, no dict")
+    if lacking := [part for part in needed if part not in checkpoint]:
+        alone = set(WEIGHTS_ONLY) <= checkpoint.keys() and "optimizer_states" in lacking
+        raise LookupError("it holds the weights alone, from which no fit goes on" if alone else f"it lacks {lacking}")
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:

@@ -27,6 +27,7 @@ class ValidationResult(NamedTuple):
     """Hold how a validation run went."""
 
     regret: Tensor  # [] mean over instances and scored steps of the log loss less tuned Adam's; 0 is as good
+    final: Tensor  # [] the same of the last score alone
     diverged: Tensor  # [] share of instances that ended above where they began
     losses: Tensor  # [N, B] of the rule
     baseline: Tensor  # [N, B] of Adam at its best rate
@@ -83,8 +84,10 @@ class ValidationRun(NamedTuple):
         baseline = _tuned_adam(self.name, self.steps, str(device))
         worst, least = initial * 10, initial * LOSS_FLOOR  # a loss that is not finite counts as the worst
         safe = torch.where(losses.isfinite(), losses, worst).minimum(worst)
+        behind = ((safe + least) / (baseline + least)).log()  # [N, B]
         return ValidationResult(
-            regret=((safe + least) / (baseline + least)).log().mean(),
+            regret=behind.mean(),
+            final=behind[-1].mean(),
             diverged=(safe[-1] > initial).float().mean(),
             losses=losses,
             baseline=baseline,

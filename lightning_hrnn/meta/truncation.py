@@ -208,8 +208,18 @@ class TaskPool:
         return {"places": [_stored(place) for place in self.places]}
 
     def load_state_dict(self, state: dict[str, Any], stream: TaskStream, device: torch.device | str) -> None:
-        """Restore a pool, drawing its tasks again from `stream`."""
-        self.places = [_restored(stored, stream, device) for stored in state["places"]]
+        """Restore a pool, drawing its tasks again from `stream`; as many as there are places.
+
+        Raises:
+            ValueError: what was stored is no pool, or of tasks that `stream` does not draw.
+        """
+        try:
+            self.places = [_restored(stored, stream, device) for stored in state["places"][: self.count]]
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"The tasks in flight of the checkpoint are damaged ({type(error).__name__}: {error}). Go on from an "
+                "earlier one, or start anew from its exported weights."
+            ) from error
 
     def __iter__(self) -> Iterator[Place]:
         """Iterate over the places."""
@@ -236,5 +246,10 @@ def _restored(stored: dict[str, Any], stream: TaskStream, device: torch.device |
     tasks = stream.draw(stored["seed"], device)
     tasks.generator.set_state(stored["generator"].cpu())
     progress = Progress.from_state_dict(stored["progress"]).to(device)
+    if progress.theta.numel() != tasks.size:
+        raise ValueError(
+            f"The checkpoint's tasks have {progress.theta.numel()} parameters, those drawn here {tasks.size}: it is "
+            "another corpus, or its families have changed. Start anew, with --model.weights and the weights exported."
+        )
     initial_loss = stored["initial_loss"].to(device)
     return Place(stored["seed"], tasks, progress, initial_loss, stored["age"], stored["life"], stored["cools"])
