@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_hrnn.cli import main
 from lightning_hrnn.cli.evaluate import show
 from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT, train, warm_up_cosine
-from lightning_hrnn.evaluation.evaluation_report import EvaluationReport
+from lightning_hrnn.evaluation.evaluation_report import LOSS_COLUMNS, EvaluationReport
 from lightning_hrnn.evaluation.figures import plot_curves, plot_rates, plot_win_rates
 from lightning_hrnn.evaluation.given import train_given
 from lightning_hrnn.evaluation.nets import VALIDATION_NETS
@@ -431,6 +431,15 @@ def test_every_task_has_one_line_of_the_terminal(width):
     assert ("AdamW" in head, "speed-up" in head, "diverged" in head) == (True, width > 70, width > 70)
 
 
+@pytest.mark.parametrize("width", range(60, 100, 4))
+def test_headings_are_whole_in_terminals_of_any_width(width):
+    records = [record(factor) | {"task": "gru"} for factor in (1.04e-13, 1.8)]
+    console = Console(width=width, record=True, file=io.StringIO())
+    show(EvaluationReport.of(records, title="t", command="c", settings={}), console)
+    (head,) = [line for line in console.export_text().splitlines() if "task" in line]
+    assert set(head.split()) <= set(" ".join(column.title for column in LOSS_COLUMNS).split())
+
+
 def test_a_record_says_who_was_beaten():
     found = record(1.8)
     assert found["beats"] == {"sgd": True, "rmsprop": True, "adam": False, "adamw": False}
@@ -466,7 +475,7 @@ def test_tasks_that_were_looked_at_are_told_apart():
     report = EvaluationReport.of([seen, unseen], title="t", command="c", settings={})
     assert report.verdict["win_rate_adam"] == 0.5
     assert report.verdict["not_looked_at"]["tasks"] == 1
-    assert "Without the 1 tasks that whoever made the weights looked at: lower than Adam on 0% of 1" in report.summary
+    assert "never looked at, 1 in number: lower than Adam on 0%, than" in report.summary
     assert "no evidence" in EvaluationReport.of([seen], title="t", command="c", settings={}).summary
     assert "looked at" not in EvaluationReport.of([unseen], title="t", command="c", settings={}).summary
 

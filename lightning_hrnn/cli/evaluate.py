@@ -187,7 +187,7 @@ def draw(report: EvaluationReport, outcomes: dict[str, dict[str, Outcome]], fold
 def show(report: EvaluationReport, console: Console) -> None:
     """Print the table of final losses; nets by which checkpoints were picked are dimmed."""
     table = _losses_table(report, NOT_SHOWN)
-    if console.measure(table, options=console.options.update(width=WIDE)).minimum > console.width:
+    if console.measure(table, options=console.options.update(width=WIDE)).maximum > console.width:
         table = _losses_table(report, (*NOT_SHOWN, *NOT_SHOWN_IF_NARROW))
     console.print(table)
 

@@ -167,9 +167,9 @@ def _not_looked_at(verdict: Record) -> str:
     if not part["tasks"]:
         return " Whoever made the weights looked at all of these tasks: they are no evidence."
     return (
-        f" Without the {verdict['tasks'] - part['tasks']} tasks that whoever made the weights looked at: lower than "
-        f"Adam on {part['win_rate_adam']:.0%} of {part['tasks']}, than RMSProp on {part['win_rate_rmsprop']:.0%}, than "
-        f"all on {part['win_rate_best']:.0%}; within 5 % of Adam or lower on {part['within_5_percent_of_adam']:.0%}."
+        f" Of tasks that whoever made the weights never looked at, {part['tasks']} in number: lower than Adam on "
+        f"{part['win_rate_adam']:.0%}, than RMSProp on {part['win_rate_rmsprop']:.0%}, than all on "
+        f"{part['win_rate_best']:.0%}; within 5 % of Adam or lower on {part['within_5_percent_of_adam']:.0%}."
     )
 
 
