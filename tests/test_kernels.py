@@ -83,7 +83,14 @@ RULES = {
     "unscaled": {"readouts": ("direction", "attention"), "without": ("output_scaling",)},
     "long scale": {"scale_memory": 7.0},
     "long scale by trend": {"scale_memory": 12.0, "scale_inputs": ("trend",)},
-    "slowing": {"slows": True, "vanished": 0.5, "peak_memory": 5.0, "peak_fall": 1.0},
+    "slowing": {
+        "slows": True,
+        "vanished": 0.5,
+        "peak_memory": 5.0,
+        "peak_fall": 1.0,
+        "far_fall": 0.5,
+        "drift_horizon": 4,
+    },
     "long scale and attention": {"scale_memory": 7.0, "readouts": ("direction", "attention")},
 }
 

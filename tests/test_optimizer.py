@@ -248,6 +248,21 @@ def test_steps_of_a_run_of_known_length_shrink_where_the_rule_anneals() -> None:
     assert shares == pytest.approx([1.0, 0.75, 0.5, 0.25, 1.0, 1.0], rel=1e-3)  # then the run is another
 
 
+def test_steps_of_a_run_of_unknown_length_shrink_beyond_the_horizon() -> None:
+    sizes: dict[tuple[float, float], list[float]] = {}
+    for fall, length in ((0.0, 0.0), (0.5, 0.0), (0.5, 20.0)):
+        params = make_params()
+        optimizer = HRNN(params, weights=HierarchicalRNN(RuleConfig(far_fall=fall, drift_horizon=2)))
+        optimizer.run_length = length
+        for step in range(9):
+            before = flat(params)
+            run(optimizer, params, range(step, step + 1))
+            sizes.setdefault((fall, length), []).append(float((flat(params) - before).norm()))
+    shares = [fallen / full for fallen, full in zip(sizes[0.5, 0.0], sizes[0.0, 0.0], strict=True)]
+    assert shares == pytest.approx([(2 / max(2, taken)) ** 0.5 for taken in range(9)], rel=1e-3)
+    assert sizes[0.5, 20.0] == pytest.approx(sizes[0.0, 0.0], rel=1e-3)  # the cooldown is its schedule
+
+
 def test_steps_of_a_run_of_known_length_grow_where_the_rule_warms_up() -> None:
     rule, sizes = HierarchicalRNN(RuleConfig(warm_up=0.5)), {}
     for length in (0.0, 16.0, 2.0):

@@ -74,7 +74,8 @@ def test_every_tensor_moves_by_lr(kernel, preset):
 def test_the_length_of_the_run_changes_nothing():
     torch.manual_seed(7)
     inputs = ("tensor", "peak", "length")
-    rule = HierarchicalRNN(RuleConfig(drift_inputs=inputs, slows=True, anneals=True, warm_up=0.5, vanished=0.99))
+    changes = {"anneals": True, "warm_up": 0.5, "vanished": 0.99, "far_fall": 1, "drift_horizon": 2}
+    rule = HierarchicalRNN(RuleConfig(drift_inputs=inputs, slows=True, **changes))
     with torch.no_grad():
         for value in rule.rate.parameters():
             value.add_(torch.randn_like(value).abs())

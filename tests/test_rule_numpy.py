@@ -54,6 +54,8 @@ RULES = {
     "annealing": ("default", {"anneals": True}),
     "warming up until rates settle": ("default", {"warm_up": 0.1, "drift_settles": 4.5}),
     "warming up": ("default", {"warm_up": 0.1}),
+    "falling beyond the horizon": ("default", {"far_fall": 0.7, "drift_horizon": 2.5}),
+    "warming up, and falling beyond the horizon": ("default", {"far_fall": 1, "drift_horizon": 2, "warm_up": 0.1}),
     "settling": ("default", {"drift_settles": 2.0}),
     "a long memory of scales": ("default", {"scale_memory": 3, "readouts": ("direction", "attention")}),
     "the paper's with a long memory": ("paper", {"scale_memory": 100}),
@@ -254,6 +256,8 @@ class Equations:
                 power = w["rate.annealing"][:, 0] @ [1.0, math.log(1e4 / count), math.log(1e4 / of_model)]
                 left = 1 - tensor["age"] / self.length if tensor["age"] < self.length else 1.0
                 rates = [rate * left ** min(max(power, 0.0), 2.0) for rate in rates]
+            if not self.length and tensor["age"] > self.config.drift_horizon:
+                rates = [rate * (self.config.drift_horizon / tensor["age"]) ** self.config.far_fall for rate in rates]
             for r in range(len(self.config.readouts)):
                 size = math.sqrt(sum(d[r] ** 2 for _, d, _ in results) / count + 1e-20)
                 size = 1.0 if "output_scaling" in self.config.without else size

@@ -88,6 +88,9 @@ class RuleConfig:
         vanished: in such runs, the share of its peak below which a tensor's gradient counts as vanished, so that its
             rate falls as fast as it may: where all examples are fitted, steps that stay as long lead away again. 0 for
             never.
+        far_fall: `"bounded"` only: where nobody knows how long a run is, steps beyond `drift_horizon` are multiplied by
+            this power of the share that the horizon is of the steps taken: 0.5 halves them at four times the horizon.
+            0 leaves them as long as they are.
 
     Raises:
         ValueError: a name is unknown, a size is not positive, or a field is of another kind.
@@ -121,6 +124,7 @@ class RuleConfig:
     peak_memory: float = 600.0
     peak_fall: float = 0.0
     vanished: float = 0.0
+    far_fall: float = 0.0
 
     def __post_init__(self) -> None:
         names = ("features", "tensor_features", "readouts", "without", "first_inputs", "drift_inputs", "scale_inputs")
@@ -135,10 +139,12 @@ class RuleConfig:
             if not 0 < (bound := _number(given := getattr(self, field))) < math.inf:
                 raise ValueError(f"{field} must be positive and finite, not {given!r}.")
             object.__setattr__(self, field, bound)  # 7 and 7.0 are one rule, with one fingerprint
-        for field, most in (("peak_fall", math.inf), ("vanished", 1.0)):
+        read = {"peak_fall": self.reads_peak, "vanished": self.reads_peak, "far_fall": self.rate == "bounded"}
+        for field, is_read in read.items():
+            most = 1.0 if field == "vanished" else math.inf
             if not 0 <= (bound := _number(given := getattr(self, field))) < most:
                 raise ValueError(f"{field} must be positive and less than {most:g}, or 0 for none, not {given!r}.")
-            object.__setattr__(self, field, bound if self.reads_peak else 0.0)
+            object.__setattr__(self, field, bound if is_read else 0.0)
         for field in ("slows", "anneals"):
             if not isinstance(flag := getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, not {flag!r}.")

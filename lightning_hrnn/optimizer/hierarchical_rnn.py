@@ -208,7 +208,8 @@ class BoundedRate(nn.Module):
     over. Over the first `warm_up` of it, less the fewer parameters the model has and not longer than rates take to
     settle, it rises along a line: the first gradients do not say which rates a network can bear, and ReLUs that long
     steps switch off do not come back. Where the rule `anneals` it falls like `(1 - progress) ** q`; `q`, from 0 to 2,
-    is read from how few parameters tensor and model have.
+    is read from how few parameters tensor and model have. Where nobody knows how long it is, a step beyond the horizon
+    is multiplied by `(drift_horizon / n) ** far_fall`.
     """
 
     def __init__(self, config: RuleConfig, inputs: int) -> None:
@@ -218,7 +219,7 @@ class BoundedRate(nn.Module):
         self.floor, self.size_bound = config.size_floor, config.size_bound
         self.first_inputs, self.slows = config.first_inputs, config.slows
         self.peak_memory, self.peak_fall, self.vanished = config.peak_memory, config.peak_fall, config.vanished
-        self.anneals, self.warm_up = config.anneals, config.warm_up
+        self.anneals, self.warm_up, self.far_fall = config.anneals, config.warm_up, config.far_fall
         self.slows_by_length = config.slows_by_length
         self.bound = config.momentary_bound
         self.momentary = nn.Parameter(torch.zeros(1, config.param_hidden))
@@ -312,7 +313,7 @@ class BoundedRate(nn.Module):
         return (_clipped(self.slowing + by_length, 1.0) * below).exp()
 
     def paced(self, state: RuleState, layout: Layout) -> Tensor:
-        """Return what steps are multiplied by as a run of known length goes on, 1 in any other. [T]
+        """Return what steps are multiplied by as a run goes on; 1 up to the horizon in one of unknown length. [T]
 
         The clip of the power passes gradients straight through.
         """
@@ -322,11 +323,14 @@ class BoundedRate(nn.Module):
             pace = ((state.age + 1) / (share * state.run_length).clamp(1.0, max(1.0, self.settles))).clamp(max=1.0)
         if self.anneals:
             pace = pace * (1 - progress(state)) ** _read_power(self.annealing, layout.smallness, MAX_ANNEALING)
+        if self.far_fall:
+            far = (self.horizon / state.age.clamp(min=1.0)).clamp(max=1.0) ** self.far_fall
+            pace = torch.where(state.run_length > 0, pace, far)
         return pace
 
     def stand_still(self) -> None:
         """Leave log rates where they are put, and let no parameter depart from them."""
-        self.size_bound, self.warm_up, self.vanished = math.inf, 0.0, 0.0
+        self.size_bound, self.warm_up, self.vanished, self.far_fall = math.inf, 0.0, 0.0, 0.0
         for value in self.parameters():
             value.zero_()
 
@@ -474,8 +478,8 @@ class HierarchicalRNN(nn.Module):
 
     @property
     def pacing_rate(self) -> BoundedRate | None:
-        """The rate, if steps grow and shrink as a run of known length goes on."""
-        paces = self.config.anneals or self.config.warm_up > 0
+        """The rate, if steps grow and shrink as a run goes on."""
+        paces = self.config.anneals or self.config.warm_up > 0 or self.config.far_fall > 0
         return self.rate if isinstance(self.rate, BoundedRate) and paces else None
 
     def init(self, layout: Layout, log_rate: Tensor | float, run_length: Tensor | float = 0.0) -> RuleState:
