@@ -4,6 +4,7 @@ The interpreter must be asked for before Triton is imported, so its tests run in
 test here starts over this file.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -136,6 +137,7 @@ CASES = {  # types of parameters that live together, shapes, type of the state, 
         torch.float32,
         {"scale_memory": 12.0, "scale_inputs": ("trend",)},
     ),
+    "bounded": ([torch.float32, torch.float64], SHAPES[1:3], torch.float32, {"step_bound": 0.02, **ATTENTION}),
     "long scale in bfloat16": ([torch.float32], SHAPES[1:3], torch.bfloat16, {"scale_memory": 7.0, **ATTENTION}),
 }
 
@@ -384,7 +386,7 @@ def test_a_cuda_graph_of_both_passes_steps_again():
 
         def step(work=work, above=above):
             sums, pending = kernel.measure(rule, work, above)
-            kernel.apply(work, pending, (sums.squares / 5000).rsqrt())
+            kernel.apply(work, pending, (sums.squares / 5000).rsqrt(), torch.full_like(sums.squares, math.inf))
 
         step()
         torch.cuda.synchronize()

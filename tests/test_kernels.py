@@ -92,6 +92,7 @@ RULES = {
         "drift_horizon": 4,
     },
     "long scale and attention": {"scale_memory": 7.0, "readouts": ("direction", "attention")},
+    "bounded": {"step_bound": 0.02, "readouts": ("direction", "attention")},
 }
 
 

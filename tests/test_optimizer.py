@@ -263,6 +263,25 @@ def test_steps_of_a_run_of_unknown_length_shrink_beyond_the_horizon() -> None:
     assert sizes[0.5, 20.0] == pytest.approx(sizes[0.0, 0.0], rel=1e-3)  # the cooldown is its schedule
 
 
+@pytest.mark.parametrize("multiplier", [1.0, 3.0])
+def test_no_parameter_moves_further_than_a_share_of_its_tensor(multiplier: float) -> None:
+    """Where one gradient in a hundred is seen, a direction of root mean square 1 is ten for the one that moves."""
+    for bound in (0.0, 0.5):
+        rule = HierarchicalRNN(RuleConfig(step_bound=bound, size_floor=0.1))
+        params = [nn.Parameter(torch.full((100,), 2.0)), nn.Parameter(torch.zeros(100))]
+        optimizer = HRNN(params, weights=rule, initial_rate=0.3, lr=multiplier)
+        for param in params:
+            param.grad = torch.zeros(100)
+            param.grad[7] = -5.0
+        before = [param.detach().clone() for param in params]
+        optimizer.step()
+        moved = [float((param.detach() - start)[7]) for param, start in zip(params, before, strict=True)]
+        sizes = [(size**2 + 0.1**2) ** 0.5 for size in (2.0, 0.0)]
+        free = [multiplier * 3.0] * 2
+        bounded = [multiplier * bound * size for size in sizes]
+        assert moved == pytest.approx(bounded if bound else free, rel=1e-4)
+
+
 def test_steps_of_a_run_of_known_length_grow_where_the_rule_warms_up() -> None:
     rule, sizes = HierarchicalRNN(RuleConfig(warm_up=0.5)), {}
     for length in (0.0, 16.0, 2.0):

@@ -266,7 +266,7 @@ def test_a_folder_is_no_card(saved: Path) -> None:
         ("drift_inputs", 5),
         *(
             (field, value)
-            for field in ("peak_fall", "vanished", "far_fall")
+            for field in ("peak_fall", "vanished", "far_fall", "step_bound")
             for value in (-1, math.inf, math.nan, True, "x")
         ),
         ("vanished", 1.0),
@@ -300,7 +300,7 @@ def test_unknown_presets_parts_and_sizes_are_refused() -> None:
         RuleConfig(scale_memory=7, scale_inputs=("trend",))
     assert RuleConfig(scale_inputs=("trend",)) == RuleConfig()  # nothing reads it
     assert RuleConfig(peak_fall=1, vanished=0.1) == RuleConfig()  # likewise
-    assert RuleConfig.preset("paper", far_fall=1) == RuleConfig.preset("paper")
+    assert RuleConfig.preset("paper", far_fall=1, step_bound=1) == RuleConfig.preset("paper")
     slow = RuleConfig(slows=True, peak_fall=1)
     assert slow == RuleConfig(slows=True, peak_fall=1.0) != RuleConfig(slows=True)
     with pytest.raises(ValueError, match=r"Unknown scale_inputs \['size'\]"):

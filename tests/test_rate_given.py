@@ -91,6 +91,16 @@ def test_the_length_of_the_run_changes_nothing():
     assert not torch.equal(ends["learned", 0], ends["learned", 10])
 
 
+@pytest.mark.parametrize("rate", ["given", "learned"])
+def test_bounds_of_the_learned_rate_do_not_bind_given_ones(rate):
+    module = model()
+    rule = HierarchicalRNN(RuleConfig(size_bound=1e-3, step_bound=1e-3))
+    options = {"lr": 0.5, "rate": "given"} if rate == "given" else {"initial_rate": 0.5}
+    first, second = take(module, HRNN(module.parameters(), rule, **options), 2)
+    for change in (*first, *second):
+        assert (rms(change) > 0.49) == (rate == "given")
+
+
 def test_a_scheduler_sets_the_step():
     module = model()
     optimizer = HRNN(module.parameters(), lr=1e-2, rate="given")

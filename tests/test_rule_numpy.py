@@ -56,6 +56,7 @@ RULES = {
     "warming up": ("default", {"warm_up": 0.1}),
     "falling beyond the horizon": ("default", {"far_fall": 0.7, "drift_horizon": 2.5}),
     "warming up, and falling beyond the horizon": ("default", {"far_fall": 1, "drift_horizon": 2, "warm_up": 0.1}),
+    "no parameter far at once": ("default", {"step_bound": 0.5, "readouts": ("direction", "attention")}),
     "settling": ("default", {"drift_settles": 2.0}),
     "a long memory of scales": ("default", {"scale_memory": 3, "readouts": ("direction", "attention")}),
     "the paper's with a long memory": ("paper", {"scale_memory": 100}),
@@ -262,7 +263,11 @@ class Equations:
                 size = math.sqrt(sum(d[r] ** 2 for _, d, _ in results) / count + 1e-20)
                 size = 1.0 if "output_scaling" in self.config.without else size
                 reach = w["reach"][0] if r else 1.0
-                updates += [(r, reach * rate * f * d[r] / size) for (_, d, f), rate in zip(results, rates, strict=True)]
+                steps = [rate * f * d[r] / size for (_, d, f), rate in zip(results, rates, strict=True)]
+                if self.config.step_bound:
+                    most = self.config.step_bound * math.sqrt(rms**2 + self.config.size_floor**2)
+                    steps = [min(max(step, -most), most) for step in steps]
+                updates += [(r, reach * step) for step in steps]
             seen = [np.concatenate([p["h"], x]) for p, (x, _, _) in zip(tensor["params"], results, strict=True)]
             tensor["x"] = sum(seen) / count
             if self.config.tensor_features:

@@ -65,6 +65,9 @@ class RuleConfig:
         size_floor: `"bounded"` only: a tensor's size is the root mean square of its parameters, and not less than about
             this.
         size_bound: `"bounded"` only: a rate is at most this share of the tensor's size.
+        step_bound: `"bounded"` only: no parameter moves in a step by more than this share of its tensor's size; 0 for
+            no such bound. Rates are root mean squares over a tensor: where few of its parameters have a gradient, those
+            move by many times the rate.
         momentary_bound: `"bounded"` only: a parameter's rate departs from its tensor's at most by this log factor.
         slows: `"bounded"` only: whether steps are multiplied by a learned power of the size of a tensor's gradient
             beside its largest recent one; else every step is as long as its rate. That power depends on the length of
@@ -115,6 +118,7 @@ class RuleConfig:
     first_inputs: tuple[str, ...] = ()
     size_floor: float = 0.03
     size_bound: float = 1e9
+    step_bound: float = 0.0
     momentary_bound: float = 2.0
     slows: bool = False
     anneals: bool = False
@@ -139,7 +143,8 @@ class RuleConfig:
             if not 0 < (bound := _number(given := getattr(self, field))) < math.inf:
                 raise ValueError(f"{field} must be positive and finite, not {given!r}.")
             object.__setattr__(self, field, bound)  # 7 and 7.0 are one rule, with one fingerprint
-        read = {"peak_fall": self.reads_peak, "vanished": self.reads_peak, "far_fall": self.rate == "bounded"}
+        bounded = self.rate == "bounded"
+        read = {"peak_fall": self.reads_peak, "vanished": self.reads_peak, "far_fall": bounded, "step_bound": bounded}
         for field, is_read in read.items():
             most = 1.0 if field == "vanished" else math.inf
             if not 0 <= (bound := _number(given := getattr(self, field))) < most:

@@ -210,13 +210,16 @@ class BoundedRate(nn.Module):
     steps switch off do not come back. Where the rule `anneals` it falls like `(1 - progress) ** q`; `q`, from 0 to 2,
     is read from how few parameters tensor and model have. Where nobody knows how long it is, a step beyond the horizon
     is multiplied by `(drift_horizon / n) ** far_fall`.
+
+    A rate is the root mean square of a tensor's step, which parameters whose gradient is rarely other than zero exceed
+    by far. None moves by more than `step_bound` times its tensor's size.
     """
 
     def __init__(self, config: RuleConfig, inputs: int) -> None:
         super().__init__()
         self.rise, self.fall, self.delay = config.drift_rise, config.drift_fall, config.drift_delay
         self.horizon, self.settles = config.drift_horizon, config.drift_settles
-        self.floor, self.size_bound = config.size_floor, config.size_bound
+        self.floor, self.size_bound, self.step_bound = config.size_floor, config.size_bound, config.step_bound
         self.first_inputs, self.slows = config.first_inputs, config.slows
         self.peak_memory, self.peak_fall, self.vanished = config.peak_memory, config.peak_fall, config.vanished
         self.anneals, self.warm_up, self.far_fall = config.anneals, config.warm_up, config.far_fall
@@ -252,7 +255,7 @@ class BoundedRate(nn.Module):
             layout: of the models.
             below: how far gradients are below their peak, see `peak`, where the rule looks at it. [T]
         """
-        log_size = 0.5 * (param_rms.detach().square() + self.floor**2).log()
+        log_size = 0.5 * self.squared_size(param_rms).log()
         direction = torch.tanh((self.drift * seen).sum(0) + self.drift_bias)
         if self.vanished and below is not None:
             some = state.log_peak + below > math.log(GRAD_RMS_FLOOR) + 0.5  # one of zero says nothing
@@ -265,6 +268,14 @@ class BoundedRate(nn.Module):
             first = (self.first * self._first_inputs(log_size, layout)).sum(0)
             log_rate = log_rate + torch.where(state.age == 0, first, 0.0)
         return log_rate.minimum(log_size + math.log(self.size_bound)).clamp(-LOG_RATE_RANGE, LOG_RATE_RANGE)
+
+    def squared_size(self, param_rms: Tensor) -> Tensor:
+        """Return the square of each tensor's size, at least the floor's; meta-gradients take it as constant. [T]"""
+        return param_rms.detach().square() + self.floor**2
+
+    def step_limits(self, param_rms: Tensor) -> Tensor | None:
+        """Return how far a parameter of each tensor may move in a step, if there is such a bound. [T]"""
+        return self.step_bound * self.squared_size(param_rms).sqrt() if self.step_bound else None
 
     def _first_inputs(self, log_size: Tensor, layout: Layout) -> Tensor:
         """Return what first rates depend on, as logs from 0 upwards. [k, T]"""
@@ -330,7 +341,7 @@ class BoundedRate(nn.Module):
 
     def stand_still(self) -> None:
         """Leave log rates where they are put, and let no parameter depart from them."""
-        self.size_bound, self.warm_up, self.vanished, self.far_fall = math.inf, 0.0, 0.0, 0.0
+        self.size_bound, self.step_bound, self.warm_up, self.vanished, self.far_fall = math.inf, 0.0, 0.0, 0.0, 0.0
         for value in self.parameters():
             value.zero_()
 
@@ -537,12 +548,19 @@ class HierarchicalRNN(nn.Module):
         if (pacing_rate := self.pacing_rate) is not None:
             rates = rates * layout.to_params(pacing_rate.paced(state, layout))
         steps = param.steps * rates  # [R, P]
+        if (limits := self.step_limits(param_rms)) is not None:
+            limits = layout.to_params(limits)
+            steps = steps.clamp(-limits, limits)
         return RuleOutput(
             update=steps[0],
             lookahead=steps[1] * layout.to_params(self.reach.expand_as(state.age)) if len(steps) > 1 else None,
             rate=rate,
             state=self.upper_levels(param, param_rms, state, layout, below),
         )
+
+    def step_limits(self, param_rms: Tensor) -> Tensor | None:
+        """Return what `BoundedRate.step_limits` does, where the rule has such a rate. [T]"""
+        return self.rate.step_limits(param_rms) if isinstance(self.rate, BoundedRate) else None
 
     def param_bias(self, state: RuleState, layout: Layout) -> Tensor:
         """Return what the levels above say to the gates of the param RNN. [3 H0, T]"""

@@ -20,6 +20,7 @@ from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, where
 from lightning_hrnn.optimizer.sharding import Ranks, local
 from lightning_hrnn.optimizer.state import GRADIENT_SIZE, LOG_PEAK
 
+NO_LIMIT = 1e30  # that multipliers of rates do not make infinite, or not a number
 GROUP_SIZE = 4_194_304  # parameters measured before they are applied: bounds what lies between the two passes
 
 States = Sequence[dict[str, Tensor]]
@@ -79,9 +80,19 @@ class Totals:
             scales = scales * rate.slowed(below[part], self.before.run_length[part])
         if self.paced is not None:
             scales = scales * self.paced[part]
-        if len(scales) > 1:
-            scales = torch.stack([scales[0], scales[1] * self.rule.reach])
-        return scales
+        return self._reaching(scales)
+
+    def limits(self, part: slice) -> Tensor:
+        """Return how far a parameter may move, before its group's multiplier. [R, T of the part]"""
+        _, squares, param_square, *_ = self.values[:, part].split(self.rows)
+        limits = self.rule.step_limits((param_square[0] / self.count[part]).sqrt())
+        if limits is None:
+            return torch.full_like(squares, NO_LIMIT)
+        return self._reaching(limits.expand_as(squares)).abs()
+
+    def _reaching(self, rows: Tensor) -> Tensor:
+        """Let the second readout, if the rule has one, reach as far ahead as attention does. [R, T]"""
+        return rows if len(rows) == 1 else torch.stack([rows[0], rows[1] * self.rule.reach])
 
 
 def passes(work: Sequence[TensorWork], together: bool) -> Iterable[list[slice]]:

@@ -338,7 +338,7 @@ class HRNN(Optimizer):
                 pending.append(left)
             self._ranks.sum(totals.values)
             for part, left in zip(parts, pending, strict=True):
-                kernel.apply(work[part], left, totals.scales(part))
+                kernel.apply(work[part], left, totals.scales(part), totals.limits(part))
         step_upper_levels(rule, before, totals, layout, states, list(self.state.values()), proceed)
         increment_version([param for param in params if is_sharded(param)])  # their shards have moved
 

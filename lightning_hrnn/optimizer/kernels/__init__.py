@@ -71,8 +71,15 @@ class StepKernel(Protocol):
     def measure(self, rule: HierarchicalRNN, work: Sequence[TensorWork], above: FromAbove) -> tuple[Sums, Any]:
         """Update the states in place; return sums over tensors and what `apply` needs."""
 
-    def apply(self, work: Sequence[TensorWork], pending: Any, inverse_rms: Tensor) -> None:
-        """Move the parameters (and lookaheads) by steps scaled with `inverse_rms` `[R, T]`, decaying weights."""
+    def apply(self, work: Sequence[TensorWork], pending: Any, inverse_rms: Tensor, limits: Tensor) -> None:
+        """Move the parameters (and lookaheads) by steps scaled and then limited, decaying weights.
+
+        Args:
+            work: the tensors, in order.
+            pending: what `measure` left.
+            inverse_rms: what steps are multiplied by before their rate. [R, T]
+            limits: how far a parameter may move, before the multiplier `TensorWork.lr`. [R, T]
+        """
 
 
 def available_kernels() -> dict[str, str]:

@@ -206,15 +206,16 @@ class CppKernel:
         pooled, squares, param_square = sums.split([len(sums) - len(config.readouts) - 1, len(config.readouts), 1])
         return Sums(pooled, squares, param_square[0]), Pending(library, steps, params, above.log_rate.exp())
 
-    def apply(self, work: Sequence[TensorWork], pending: Any, inverse_rms: Tensor) -> None:
+    def apply(self, work: Sequence[TensorWork], pending: Any, inverse_rms: Tensor, limits: Tensor) -> None:
         """Move the parameters and lookaheads."""
         if not isinstance(pending, Pending):
-            EagerKernel().apply(work, pending, inverse_rms)
+            EagerKernel().apply(work, pending, inverse_rms, limits)
             return
-        rates = pending.rates * pending.rates.new_tensor([tensor.lr for tensor in work])
+        multipliers = pending.rates.new_tensor([tensor.lr for tensor in work])
+        rates, limits = pending.rates * multipliers, limits * multipliers
         lookaheads = [tensor.lookahead for tensor in work if tensor.lookahead is not None]
         decay = rates * rates.new_tensor([tensor.weight_decay for tensor in work])
-        pending.library.apply_step(pending.params, lookaheads, pending.steps, inverse_rms * rates, decay)
+        pending.library.apply_step(pending.params, lookaheads, pending.steps, inverse_rms * rates, limits, decay)
         moved = [tensor.param for tensor in work]
         for param, copy in zip(moved, pending.params, strict=True):
             if copy.data_ptr() != param.data_ptr():

@@ -72,13 +72,15 @@ class EagerKernel:
             param_square = param_square + param[part].to(dtype).square().sum()
         return pooled, squares, param_square
 
-    def apply(self, work: Sequence[TensorWork], pending: Pending, inverse_rms: Tensor) -> None:
+    def apply(self, work: Sequence[TensorWork], pending: Pending, inverse_rms: Tensor, limits: Tensor) -> None:
         """Move the parameters and lookaheads."""
         steps_of, rate_of, proceed = pending
-        for tensor, steps, rate, scale in zip(work, steps_of, rate_of, inverse_rms.unbind(1), strict=True):
-            rates, shape = tensor.lr * rate, tensor.param.shape
+        scales = (inverse_rms.unbind(1), limits.unbind(1))
+        for tensor, steps, rate, scale, limit in zip(work, steps_of, rate_of, *scales, strict=True):
+            rates, most, shape = tensor.lr * rate, tensor.lr * limit, tensor.param.shape
             update, *lookahead = (
-                row.mul_(factor).view(shape).mul_(rates) for row, factor in zip(steps, scale, strict=True)
+                row.mul_(factor).view(shape).mul_(rates).clamp_(-bound, bound)
+                for row, factor, bound in zip(steps, scale, most, strict=True)
             )
             if tensor.weight_decay:
                 update += rates * tensor.weight_decay * tensor.param

@@ -90,9 +90,11 @@ std::tuple<Tensor, Tensor> measure_step(
 }
 
 void apply_step(
-    TensorList params, TensorList lookaheads, const Tensor& steps, const Tensor& scale, const Tensor& decay) {
+    TensorList params, TensorList lookaheads, const Tensor& steps, const Tensor& scale, const Tensor& limit,
+    const Tensor& decay) {
     const int64_t tensors = params.size(), readouts = scale.size(0);
     check(scale, readouts * tensors);
+    check(limit, readouts * tensors);
     check(decay, tensors);
     std::vector<Work> work;
     int64_t count = 0;
@@ -113,11 +115,12 @@ void apply_step(
     }
     check(steps, readouts * count);
     place_steps(work, steps, readouts);
-    const float *scales = scale.const_data_ptr<float>(), *decays = decay.const_data_ptr<float>();
+    const float *scales = scale.const_data_ptr<float>(), *limits = limit.const_data_ptr<float>();
+    const float* decays = decay.const_data_ptr<float>();
     if (readouts == 1)
-        apply<1>(work, scales, decays);
+        apply<1>(work, scales, limits, decays);
     else
-        apply<2>(work, scales, decays);
+        apply<2>(work, scales, limits, decays);
 }
 
 }  // namespace
@@ -128,7 +131,8 @@ TORCH_LIBRARY_FRAGMENT(HRNN_LIBRARY, library) {
         "Tensor above, Tensor log_rates, Tensor meta, float bound, int readouts) -> (Tensor, Tensor)",
         &measure_step);
     library.def(
-        "apply_step(Tensor(a!)[] params, Tensor(b!)[] lookaheads, Tensor steps, Tensor scale, Tensor decay) -> ()",
+        "apply_step(Tensor(a!)[] params, Tensor(b!)[] lookaheads, Tensor steps, Tensor scale, Tensor limit, "
+        "Tensor decay) -> ()",
         &apply_step);
 }
 

@@ -273,16 +273,21 @@ void measure(
     for (size_t i = 0; i < total.size(); i++) sums[i] = float(total[i]);
 }
 
+template <class Value> HRNN_INLINE Value limited(Value step, Value limit) {
+    return std::min(std::max(step, -limit), limit);
+}
+
 template <class Stored, class Value>
-HRNN_INLINE void move(Stored* param, const float* steps, int count, Value scale, Value decay) {
+HRNN_INLINE void move(Stored* param, const float* steps, int count, Value scale, Value limit, Value decay) {
     for (int p = 0; p < count; p++) {
         const Value value = static_cast<Value>(param[p]);
-        param[p] = static_cast<Stored>(value - (Value(steps[p]) * scale + value * decay));
+        param[p] = static_cast<Stored>(value - (limited(Value(steps[p]) * scale, limit) + value * decay));
     }
 }
 
-// Move parameters by `scale` [R, T] times their steps, after a decay of `decay` [T]; set lookaheads.
-template <int R> void apply(const std::vector<Work>& work, const float* scale, const float* decay) {
+// Move parameters by `scale` [R, T] times their steps, none further than `limit` [R, T], after a decay of `decay` [T];
+// set lookaheads.
+template <int R> void apply(const std::vector<Work>& work, const float* scale, const float* limit, const float* decay) {
     const int64_t tensors = work.size();
     const std::vector<Chunk> chunks = chunks_of(work);
     each_chunk(chunks.size(), [&](int64_t index, Nothing&) {
@@ -292,12 +297,14 @@ template <int R> void apply(const std::vector<Work>& work, const float* scale, c
             using Stored = decltype(kind);
             using Value = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
             move<Stored, Value>(
-                static_cast<Stored*>(here.param) + begin, here.steps + begin, count, scale[tensor], decay[tensor]);
+                static_cast<Stored*>(here.param) + begin, here.steps + begin, count, scale[tensor], limit[tensor],
+                decay[tensor]);
             if (!here.lookahead) return;
             Stored* lookahead = static_cast<Stored*>(here.lookahead) + begin;
             const float* steps = here.steps + (R - 1) * here.count + begin;
+            const int64_t row = (R - 1) * tensors + tensor;
             for (int p = 0; p < count; p++)
-                lookahead[p] = static_cast<Stored>(steps[p] * scale[(R - 1) * tensors + tensor]);
+                lookahead[p] = static_cast<Stored>(limited(steps[p] * scale[row], limit[row]));
         });
     });
 }

@@ -113,12 +113,12 @@ class TritonKernel:
             self._warned = True
         return EagerKernel().measure(rule, work, above)
 
-    def apply(self, work: Sequence[TensorWork], pending: Any, inverse_rms: Tensor) -> None:
+    def apply(self, work: Sequence[TensorWork], pending: Any, inverse_rms: Tensor, limits: Tensor) -> None:
         """Move the parameters and lookaheads."""
         if not isinstance(pending, Pending):
-            EagerKernel().apply(work, pending, inverse_rms)
+            EagerKernel().apply(work, pending, inverse_rms, limits)
             return
-        self._apply(pending, inverse_rms)
+        self._apply(pending, inverse_rms, limits)
         for tensor, done in zip(work, pending.work, strict=True):
             if done.param is not tensor.param:
                 tensor.param.copy_(done.param)
@@ -162,7 +162,7 @@ class TritonKernel:
         try:
             long_scale = LongScale(zeros[0], zeros[0]) if config.scale_memory else None
             sums, pending = self._measure(rule, work, FromAbove(zeros, zeros[0], zeros[0], zeros[0], long_scale))
-            self._apply(pending, torch.ones_like(sums.squares))
+            self._apply(pending, torch.ones_like(sums.squares), torch.ones_like(sums.squares))
         except Exception as error:  # a compiler or a driver that is not as Triton expects
             self.failure = f"It failed with {type(error).__name__}: {error}"
         return self.failure
@@ -199,15 +199,15 @@ class TritonKernel:
         pooled, squares, param_square = sums.split([rows - readouts - 1, readouts, 1])
         return Sums(pooled, squares, param_square[0]), Pending(tables, steps, log_rate, work, proceed)
 
-    def _apply(self, pending: Pending, inverse_rms: Tensor) -> None:
+    def _apply(self, pending: Pending, inverse_rms: Tensor, limits: Tensor) -> None:
         tables, steps, log_rate, work, proceed = pending
         scales = self._scales(work, inverse_rms.device)
         with torch.cuda.device_of(steps):
             for types, first, chunks in tables.launches:
                 triton_device.apply[(chunks,)](
-                    tables.tensors, tables.chunks, steps, inverse_rms.contiguous(), log_rate, scales, proceed,
-                    len(work), first, len(inverse_rms), _language(types[0]), CHUNK, CHUNK, num_warps=4,
-                    enable_fp_fusion=True,
+                    tables.tensors, tables.chunks, steps, inverse_rms.contiguous(), limits.contiguous(), log_rate,
+                    scales, proceed, len(work), first, len(inverse_rms), _language(types[0]), CHUNK, CHUNK,
+                    num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip
 
     # ------------------------------------------------------------------ what is kept on the device

@@ -440,13 +440,14 @@ def reduce(
 
 @jit(
     do_not_specialize=["tensor_count", "first_chunk"],
-    do_not_specialize_on_alignment=["inverse_rms", "log_rate", "proceed"],
+    do_not_specialize_on_alignment=["inverse_rms", "limits", "log_rate", "proceed"],
 )
 def apply(
     tensors: tl.tensor,  # [T, 18] int64
     chunks: tl.tensor,  # [B, 2] int32
     steps: tl.tensor,  # [R, n] of each tensor, end to end
     inverse_rms: tl.tensor,  # [R, T]
+    limits: tl.tensor,  # [R, T] how far a parameter may move, before the multiplier of the rate
     log_rate: tl.tensor,  # [T]
     scales: tl.tensor,  # [2, T] multiplier of the rate, weight decay
     proceed: tl.tensor,  # [] 1, or 0 to leave all as it is
@@ -463,7 +464,9 @@ def apply(
     begin = tl.load(chunks + 2 * chunk + 1).to(tl.int64) * CHUNK
     row = tensors + tensor * 18
     count = tl.load(row + 7)
-    rate = tl.exp(tl.load(log_rate + tensor)) * tl.load(scales + tensor)
+    multiplier = tl.load(scales + tensor)
+    rate = tl.exp(tl.load(log_rate + tensor)) * multiplier
+    limit = tl.load(limits + tensor) * multiplier
     decay = rate * tl.load(scales + tensor_count + tensor)
     WIDE: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     lane = tl.arange(0, TILE)
@@ -473,10 +476,13 @@ def apply(
         inside = lane < tl.minimum(count - first, TILE).to(tl.int32)
         step_at = steps + (tl.load(row + 6) + first)
         step = tl.load(step_at + lane, mask=inside, other=0.0).to(WIDE) * (tl.load(inverse_rms + tensor) * rate)
+        step = tl.minimum(tl.maximum(step, -limit), limit)
         at = places(pointer(row, 0, PARAM), row, first, lane, 10)
         param = tl.load(at, mask=inside, other=0.0).to(WIDE)
         tl.store(at, (param - (step + param * decay)).to(PARAM), mask=inside)
         if R == 2:
             ahead = tl.load((step_at + count) + lane, mask=inside, other=0.0)
             ahead = ahead * (tl.load(inverse_rms + tensor_count + tensor) * rate)
+            furthest = tl.load(limits + tensor_count + tensor) * multiplier
+            ahead = tl.minimum(tl.maximum(ahead, -furthest), furthest)
             tl.store((pointer(row, 5, PARAM) + first) + lane, ahead.to(PARAM), mask=inside)
