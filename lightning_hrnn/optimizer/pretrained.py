@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
 
-DEFAULT_WEIGHTS = "hrnn-v9"
+DEFAULT_WEIGHTS = "hrnn-v10"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 CARD_KEYS = {"config": dict, "sha256": str}
 FIRST_RATE = 1e-3  # where a card says none
@@ -39,7 +39,8 @@ def available_weights() -> list[str]:
         >>> DEFAULT_WEIGHTS in available_weights()
         True
     """
-    return sorted(path.stem for path in WEIGHTS_FOLDER.glob("*.safetensors"))
+    names = (path.stem for path in WEIGHTS_FOLDER.glob("*.safetensors"))
+    return sorted(names, key=lambda name: (len(name), name))  # v9 before v10
 
 
 def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
@@ -53,7 +54,7 @@ def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
 
     Example:
         >>> load_pretrained().card["name"]
-        'hrnn-v9'
+        'hrnn-v10'
     """
     path = _find(weights)
     card = read_card(path)
