@@ -171,8 +171,10 @@ class Run:
                 assert torch.equal(old, param)
                 continue
             update, rate = (value.view(param.shape) for value in expected[index])
-            new = old.double() - lr * (update + rate * decay * old.float()).double()
-            close = 2 * torch.finfo(param.dtype).eps * old.double().abs().max() + 1e-3 * lr * update.abs().max() + 1e-9
+            decayed = rate * decay * old.float()
+            new = old.double() - lr * (update + decayed).double()
+            moves = 1e-3 * update.abs().max() + 1e-5 * decayed.abs().max()
+            close = 2 * torch.finfo(param.dtype).eps * old.double().abs().max() + lr * moves + 1e-9
             assert (param.detach().double() - new).abs().max() <= close, f"tensor {index} went elsewhere"
         self.check_state()
 
