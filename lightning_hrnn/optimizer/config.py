@@ -148,7 +148,8 @@ class RuleConfig:
         for field, is_read in read.items():
             most = 1.0 if field == "vanished" else math.inf
             if not 0 <= (bound := _number(given := getattr(self, field))) < most:
-                raise ValueError(f"{field} must be positive and less than {most:g}, or 0 for none, not {given!r}.")
+                below = "finite" if most == math.inf else f"less than {most:g}"
+                raise ValueError(f"{field} must be positive and {below}, or 0 for none, not {given!r}.")
             object.__setattr__(self, field, bound if is_read else 0.0)
         for field in ("slows", "anneals"):
             if not isinstance(flag := getattr(self, field), bool):
