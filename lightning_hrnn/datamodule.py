@@ -46,6 +46,7 @@ class TaskDataModule(LightningDataModule):
         validation: names of validation tasks, all if `None`.
         validation_steps: inner steps of a validation run.
         family: a task family of your own to train on instead of a corpus; it is drawn again and again.
+        most_params: of a task batch: of large tasks there are fewer instances, four at least. None for no such bound.
 
     Raises:
         TaskError: `family` does not keep the interface; `check_task` tests more of it.
@@ -65,19 +66,21 @@ class TaskDataModule(LightningDataModule):
         validation: list[str] | None = None,
         validation_steps: int = 1000,
         family: TaskFamily | None = None,
+        most_params: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
             ("instances", instances),
             ("epoch_steps", epoch_steps),
             ("validation_steps", validation_steps),
+            ("most_params", 1 if most_params is None else most_params),
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
         if family is not None:
             check_interface(family, torch.Generator().manual_seed(seed))
         self.source: Corpus | TaskFamily = get_corpus(corpus) if family is None else family
-        self.instances, self.epoch_steps, self.seed = instances, epoch_steps, seed
+        self.instances, self.epoch_steps, self.seed, self.most_params = instances, epoch_steps, seed, most_params
         self.validation, self.validation_steps = validation_suite(validation), validation_steps
         self.stream: TaskStream | None = None
 
@@ -96,7 +99,7 @@ class TaskDataModule(LightningDataModule):
         if self.stream is None:
             rank = self.trainer.global_rank if self.trainer else 0
             world = self.trainer.world_size if self.trainer else 1
-            self.stream = TaskStream(self.source, self.instances, self.seed, rank, world)
+            self.stream = TaskStream(self.source, self.instances, self.seed, rank, world, self.most_params)
         return self.stream
 
     def train_dataloader(self) -> Iterable[TaskStream]:
@@ -110,7 +113,8 @@ class TaskDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return how many tasks were drawn, so that a resumed run goes on with others, and from what."""
         drawn = self.stream.drawn if self.stream else 0
-        return {"drawn": drawn, **self.description, "instances": self.instances}
+        bound = {} if self.most_params is None else {"most_params": self.most_params}
+        return {"drawn": drawn, **self.description, "instances": self.instances, **bound}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on drawing where the run stopped.

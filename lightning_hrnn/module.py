@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_hrnn.evaluation.suites import ValidationResult
 from lightning_hrnn.meta.estimators import PES, Estimator, TruncatedBackprop, Window
-from lightning_hrnn.meta.evolution import Evolution, spread_of
+from lightning_hrnn.meta.evolution import Evolution
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
@@ -57,7 +57,7 @@ class MetaLearner(LightningModule):
         estimator: of the meta-gradient: `TruncatedBackprop` (the default), `PES`, or `Evolution`, whose windows are
             whole runs that are scored at their ends alone.
         learning_rate: of the meta-optimizer, Adam; with `Evolution` of the param level or with exploration, times the
-            meta-parameter's entry in `SPREADS`.
+            how wide the meta-parameter is spread.
         warmup_steps: meta-steps of linear warm-up; then a cosine falls to a tenth at the end of the run.
         averaging: decay of the weight average that is validated and exported.
         engine: `"auto"`, `"eager"`, or `"cpp"`: how the param level is computed.
@@ -184,10 +184,9 @@ class MetaLearner(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam with warm-up and cosine; what evolves moves as wide as it is spread."""
-        evolves = isinstance(self.estimator, Evolution) and (self.estimator.param_level or self.estimator.explore > 0)
         moved = defaultdict(list)
         for name, value in self.rule.named_parameters():
-            moved[spread_of(name) if evolves else 1.0].append(value)
+            moved[self._spread_of(name)].append(value)
         groups = [{"params": values, "lr": self.learning_rate * spread} for spread, values in moved.items()]
         optimizer = torch.optim.Adam(groups, lr=self.learning_rate, betas=(0.9, 0.99))
         total = max(1, int(self.trainer.estimated_stepping_batches)) if self._length_is_known() else None
@@ -203,6 +202,13 @@ class MetaLearner(LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _spread_of(self, name: str) -> float:
+        """Return how far a meta-parameter moves beside others."""
+        estimator = self.estimator
+        if isinstance(estimator, Evolution) and (estimator.param_level or estimator.explore > 0):
+            return estimator.spread_of(name)
+        return 1.0
 
     def _length_is_known(self) -> bool:
         return self.trainer.max_steps > 0 or (self.trainer.max_epochs or -1) > 0
@@ -282,6 +288,7 @@ def _starting_rule(preset: str, changes: dict[str, Any], weights: str | None) ->
     if weights is None:
         return HierarchicalRNN(RuleConfig.preset(preset, **changes))
     loaded = load_pretrained(weights)
+    loaded.small = None  # one rule learns, on tasks of whatever size
     if not changes:
         return loaded.train()
     try:

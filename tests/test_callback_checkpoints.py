@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from helpers.modules import Batches, Regression, adamw, attentive_rule, quiet_trainer, same_state
+from helpers.modules import SMALL_WEIGHTS, Batches, Regression, adamw, attentive_rule, quiet_trainer, same_state
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExceptionCheckpoint
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lightning_hrnn.callbacks import HRNNOptimizerCallback
 from lightning_hrnn.optimizer.optimizer import HRNN
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
@@ -223,7 +222,7 @@ def test_resuming_without_the_callback_names_it(tmp_path):
 def test_other_weights_are_told_apart_when_resuming(tmp_path):
     path = checkpoint(tmp_path, Regression(), HRNNOptimizerCallback())
     other = HRNNOptimizerCallback(attentive_rule())
-    with pytest.raises(ValueError, match=f"made with the weights '{DEFAULT_WEIGHTS}'"):
+    with pytest.raises(ValueError, match=f"made with the weights '{SMALL_WEIGHTS}'"):
         quiet_trainer(tmp_path, other).fit(Regression(), Batches(2), ckpt_path=path)
 
 
@@ -231,7 +230,7 @@ def test_other_weights_are_adapted_if_asked_for(tmp_path):
     path, module = checkpoint(tmp_path, Regression(), HRNNOptimizerCallback()), Regression()
     callback = HRNNOptimizerCallback(attentive_rule(), other_weights="adapt")
     trainer = quiet_trainer(tmp_path, callback)
-    with pytest.warns(UserWarning, match=rf"made with the weights '{DEFAULT_WEIGHTS}'.*hidden states start anew"):
+    with pytest.warns(UserWarning, match=rf"made with the weights '{SMALL_WEIGHTS}'.*hidden states start anew"):
         trainer.fit(module, Batches(2), ckpt_path=path)
     (optimizer,) = trainer.optimizers
     assert optimizer.uses_attention

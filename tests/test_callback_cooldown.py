@@ -212,7 +212,7 @@ def test_a_run_that_was_cut_short_goes_on_cooling_down(tmp_path):
 @pytest.mark.parametrize(("horizon", "warns"), [(1, True), (2, False), (None, False)])
 def test_a_run_far_past_the_horizon_warns(tmp_path, horizon, warns, recwarn):
     rule = load_pretrained()
-    rule.card = {"horizon": horizon} if horizon else {}
+    rule.card, rule.small = {"horizon": horizon} if horizon else {}, None
     multipliers(tmp_path, Regression(), batches=6, options={"weights": rule}, max_epochs=2)  # 12 steps
     found = [str(warning.message) for warning in recwarn if "meta-trained on runs of at most" in str(warning.message)]
     assert len(found) == warns

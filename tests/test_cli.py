@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.images import write_idx_set
+from helpers.modules import SMALL_WEIGHTS
 from lightning.pytorch import Callback
 
 from lightning_hrnn.cli import COMMANDS, main
@@ -153,6 +155,7 @@ def test_info_as_json_holds_the_cards(capsys):
 def copy_of_weights(folder):
     for suffix in (".safetensors", ".json"):
         (folder / f"mine{suffix}").write_bytes((WEIGHTS_FOLDER / f"{DEFAULT_WEIGHTS}{suffix}").read_bytes())
+        shutil.copy(WEIGHTS_FOLDER / f"{SMALL_WEIGHTS}{suffix}", folder)
     return folder / "mine.safetensors"
 
 

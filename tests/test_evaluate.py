@@ -114,7 +114,7 @@ def test_a_baseline_is_torchs_own(name):
 
 def test_given_rates_are_those_of_the_optimizer():
     batch = TaskBatch.draw(Quadratic(6), 3, seed=1)
-    rates, steps, rule = torch.tensor([1e-3, 3e-3, 1e-2]), 20, load_pretrained()
+    rates, steps, rule = torch.tensor([1e-3, 3e-3, 1e-2]), 20, load_pretrained().for_model(6)
     found = train_given(rule.without_rate(), Population([batch]), rates, steps, set(range(steps)))
     for index, rate in enumerate(rates.tolist()):
         make = partial(HRNN, weights=rule, lr=rate, rate="given")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -16,12 +17,20 @@ from torch.nn.utils import vector_to_parameters
 
 from lightning_hrnn.datamodule import TaskDataModule
 from lightning_hrnn.meta.estimators import TruncatedBackprop, Window
-from lightning_hrnn.meta.evolution import EXPLORED, LAST_STEPS, Evolution, perturbed
+from lightning_hrnn.meta.evolution import (
+    EXPLORED,
+    LARGEST_WEIGHTED,
+    LAST_STEPS,
+    UNRIVALLED,
+    Evolution,
+    perturbed,
+)
 from lightning_hrnn.meta.exploration import Exploration
 from lightning_hrnn.meta.kernels.param_levels import OwnParamLevels
 from lightning_hrnn.meta.loss import LogRatio
 from lightning_hrnn.meta.population import Population, TaskBatch
-from lightning_hrnn.meta.truncation import Lives, TaskPool, TaskStream
+from lightning_hrnn.meta.rivals import Rivals
+from lightning_hrnn.meta.truncation import FEWEST, Lives, TaskPool, TaskStream
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.module import MetaLearner
 from lightning_hrnn.optimizer.config import RuleConfig
@@ -400,3 +409,85 @@ def test_bad_arguments() -> None:
         RuleConfig(first_inputs=("colour",))
     with pytest.raises(ValueError, match="the input 'tensor' first"):
         RuleConfig(drift_inputs=("means",))
+
+
+class Fixed(Rivals):
+    """Rivals that end at a given loss."""
+
+    def __init__(self, steps: int, loss: float, known: bool = True) -> None:
+        self.steps, self.loss, self.known = steps, loss, known
+
+    def losses(self, batches: Sequence[TaskBatch], scored: Collection[int]) -> list[dict[str, Tensor]]:
+        return [{"rival": torch.full((len(scored), batch.count), self.loss)} if self.known else {} for batch in batches]
+
+
+def test_differences_count_by_how_near_the_rivals_are() -> None:
+    rule, window = make_rule(), Window(STEPS, {0}, LogRatio(floor=1e-12))
+
+    def differences(rivals: Rivals | None, cools: bool = True) -> tuple[Tensor, Evolution]:
+        pool = make_pool(rule, 8, places=1)
+        pool.places[0].cools = cools
+        evolution = Evolution(shares=[1.0], rivals=rivals, balance=True, clip=1e9)
+        seen: list[Tensor] = []
+        found = evolution._difference
+        evolution._difference = lambda *given: seen.append(found(*given)) or seen[-1]  # type: ignore[method-assign]
+        evolution(rule, pool, window)
+        return seen[0], evolution
+
+    plain, _ = differences(None)
+    ends = make_pool(rule, 8, places=1).places[0].initial_loss.mean()
+    near, evolution = differences(Fixed(STEPS, float(ends)))
+    assert [*evolution.standing.known] == [repr(make_pool(rule, 1).places[0].tasks.family)]
+    far, _ = differences(Fixed(STEPS, float(ends) * 1e9))
+    assert far.square().mean() < near.square().mean()
+    torch.testing.assert_close(far / far.norm(), plain / plain.norm())  # the same differences, scaled
+    assert near.square().mean().sqrt() <= LARGEST_WEIGHTED
+    for unrivalled in (Fixed(STEPS + 1, 1.0), Fixed(STEPS, 1.0, known=False)):
+        other, evolution = differences(unrivalled)
+        torch.testing.assert_close(other, UNRIVALLED * plain)
+        assert not evolution.standing.known
+    assert not differences(Fixed(STEPS, 1.0), cools=False)[1].standing.known
+    again = Evolution()
+    again.load_state_dict(differences(Fixed(STEPS, 1.0))[1].state_dict())
+    assert again.standing.known
+
+
+def test_spreads_of_ones_own_come_before_the_usual_ones() -> None:
+    rule, usual = make_rule(), Evolution()
+    own = Evolution(spreads={"rate.drift_bias": 0.0, "rate.drift": 0.25, "param_rnn": 0.1, "decay_bias": 3})
+    names = {value: name for name, value in rule.named_parameters()}
+    expected = {"rate.drift": 0.25, "rate.drift_bias": 0.0}
+    rows = [expected.get(names[value], 1.0) for value in rule.evolving for _ in range(value.numel())]
+    assert own.spreads(rule).tolist() == rows
+    assert (own.spread_of("param_rnn.gate_weight"), own.spread_of("decay_bias")) == (0.1, 3)
+    assert own.spread_of("tensor_rnn.gate_weight") == usual.spread_of("tensor_rnn.gate_weight") == 0.3
+    assert usual.spread_of("param_rnn.gate_weight") == 0.3
+    estimate = own(rule, make_pool(rule, 2), Window(STEPS, {0}, LogRatio()))
+    estimate.surrogate.backward()
+    assert rule.rate.drift.grad.any()
+    assert not rule.rate.drift_bias.grad.any()
+    for width in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="spreads must be finite and not negative"):
+            Evolution(spreads={"rate.drift": width})
+
+
+def test_of_large_tasks_there_are_fewer_instances() -> None:
+    family = get_family("random-bowl", random.Random(4))
+    (size,) = {TaskBatch.draw(family, 1, 0).size}
+    for most, count in ((None, 8), (100 * size, 8), (6 * size, 6), (1, FEWEST)):
+        assert TaskStream(family, 8, 0, most_params=most).draw(3).count == count
+    assert TaskStream(family, 2, 0, most_params=1).draw(3).count == 2
+    module = TaskDataModule("quick", most_params=30)
+    assert module.state_dict()["most_params"] == 30
+    with pytest.raises(ValueError, match="drew its tasks with"):
+        TaskDataModule("quick").load_state_dict({**module.state_dict(), "drawn": 0, "instances": 9})
+    with pytest.raises(ValueError, match="most_params must be at least 1"):
+        TaskDataModule("quick", most_params=-1)
+
+
+def test_the_first_instances_of_a_batch_are_those() -> None:
+    batch = TaskBatch.draw(get_family("quadratic", random.Random(4)), 5, 0)
+    first = batch.first(2)
+    assert (first.count, batch.count) == (2, 5)
+    whole, part = (one.family.loss(one.params, one.data) for one in (batch, first))
+    torch.testing.assert_close(part, whole[:2])

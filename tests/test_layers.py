@@ -19,7 +19,16 @@ MAY_IMPORT = {
     "vision": {"version", "tracking"},
     "meta": {"version", "optimizer", "tasks"},
     # The unroll and what it takes; real models to measure on.
-    "evaluation": {"version", "optimizer", "tasks", "meta.unroll", "meta.population", "meta.memory", "vision"},
+    "evaluation": {
+        "version",
+        "optimizer",
+        "tasks",
+        "meta.unroll",
+        "meta.population",
+        "meta.memory",
+        "meta.rivals",
+        "vision",
+    },
     "schedulers": set(),
     "divergence": {"optimizer"},
     "telemetry": {"optimizer"},

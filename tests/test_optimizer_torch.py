@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.modules import Batches, Regression, attentive_rule, same_state
+from helpers.modules import SMALL_WEIGHTS, Batches, Regression, attentive_rule, same_state
 from torch import nn
 from torch.amp import GradScaler
 from torch.profiler import ProfilerActivity, profile
@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 
 
 def steps(optimizer, module, batches):
@@ -105,7 +104,7 @@ def test_state_dict_hooks_see_and_change_what_is_saved():
     saved = optimizer.state_dict()
     assert order == [True, ["param_groups", "state"]]
     assert saved["mine"] == 7
-    assert saved["hrnn"]["weights"] == DEFAULT_WEIGHTS
+    assert saved["hrnn"]["weights"] == SMALL_WEIGHTS
 
 
 @pytest.mark.parametrize("returns", [True, False])
@@ -300,7 +299,7 @@ def test_it_says_what_it_is():
 def test_other_weights_are_refused_with_the_two_mends():
     _, optimizer = trained()
     twin = HRNN(Regression().parameters(), weights=other_rule())
-    mends = rf"weights '{DEFAULT_WEIGHTS}'.*same weights to resume, or with other_weights='adapt'"
+    mends = rf"weights '{SMALL_WEIGHTS}'.*same weights to resume, or with other_weights='adapt'"
     with pytest.raises(ValueError, match=mends):
         twin.load_state_dict(optimizer.state_dict())
 
@@ -310,7 +309,7 @@ def test_other_weights_are_adapted_if_asked_for():
     rule = other_rule(param_hidden=7, tensor_hidden=5, scale_memory=100)
     twin = HRNN(module.parameters(), weights=rule, other_weights="adapt")
     start = copy.deepcopy(list(twin.state.values()))
-    told = rf"made with the weights '{DEFAULT_WEIGHTS}'.*'custom'.*hidden states start anew"
+    told = rf"made with the weights '{SMALL_WEIGHTS}'.*'custom'.*hidden states start anew"
     with pytest.warns(UserWarning, match=told):
         twin.load_state_dict(optimizer.state_dict())
     for fresh, theirs, mine in zip(start, optimizer.state.values(), twin.state.values(), strict=True):
@@ -529,5 +528,5 @@ def test_a_run_far_beyond_the_horizon_is_warned_of_once(monkeypatch):
     assert run(3, rate="given", lr=1e-3)[1] == run(9, rate="given", lr=1e-3)[1] == []
     for optimizer, steps in ((None, 9), (some, 3)):
         (warning,) = run(steps, optimizer)[1]
-        assert "taken 6 steps with the weights 'hrnn-v" in str(warning.message)
+        assert f"taken 6 steps with the weights '{SMALL_WEIGHTS}'" in str(warning.message)
         assert warning.filename == __file__

@@ -1,5 +1,6 @@
 """Every recipe says what it is, parses, and runs: its own launch command, cut short."""
 
+import json
 import os
 import re
 import shlex
@@ -122,6 +123,13 @@ def workplace(tmp_path, monkeypatch, image_folder):
         write_idx_set(tmp_path / "data" / name / "raw", train=400, test=50)
     monkeypatch.setattr("torchvision.datasets.CIFAR10", StoredCIFAR)
     (tmp_path / "images").symlink_to(image_folder)
+    rivals = {
+        "configuration": "Quadratic(dim=20)",
+        "steps": 3,
+        "baselines": {name: {"lr": 0.1} for name in ("adam", "rmsprop")},
+    }
+    (tmp_path / "runs" / "rivals").mkdir(parents=True)
+    (tmp_path / "runs" / "rivals" / "report.json").write_text(json.dumps({"results": [rivals]}))
     monkeypatch.setitem(MODELS, "two_heads", TwoHeads)
     return tmp_path
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse.typing import PositiveFloat
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from rich.console import Console
 
 from lightning_hrnn.cli.parser import PROGRAM, CommandParser
+from lightning_hrnn.optimizer.hierarchical_rnn import SmallModels
 from lightning_hrnn.optimizer.pretrained import average_weights, load_pretrained, save_pretrained
 
+SMALL_BELOW = 2000  # parameters
 EXAMPLES = f"""\
   {PROGRAM} average mine.safetensors runs/refine/step_100.safetensors runs/refine/step_200.safetensors
-  {PROGRAM} average bold.safetensors hrnn-v0 --bounds '{{"drift_rise": 5}}' --initial-rate 5e-4"""
+  {PROGRAM} average bold.safetensors hrnn-v0 --bounds '{{"drift_rise": 5}}' --initial-rate 5e-4
+  {PROGRAM} average both.safetensors hrnn-v10 --small runs/small/weights.safetensors --small-below 2000"""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -47,12 +50,16 @@ def run(arguments: Sequence[str]) -> None:
         default=None,
         help="First learned rate; the last weights' own if null.",
     )
+    add("--small", type=str | None, default=None, help="Weights for small models, to be written beside OUT.")
+    add("--small-below", type=PositiveInt, default=SMALL_BELOW, help="Models of fewer parameters are small.")
     add("--overwrite", action="store_true", help="Write OUT even if it is there already.")
     options = parser.parse_args(list(arguments))
     if options.out.exists() and not options.overwrite:
         raise ValueError(f"{options.out} is there already, and it is the file to write: give --overwrite, or another.")
     rules = [load_pretrained(name) for name in options.weights]
     rule = average_weights(rules, dict(options.bounds))
+    if options.small is not None:
+        rule.small = SmallModels(options.small_below, load_pretrained(options.small))
     card = {key: value for key, value in rules[-1].card.items() if key not in ("name", "evaluation")}
     card["averaged"] = [{"name": one.card["name"], "sha256": one.card["sha256"]} for one in rules]
     if options.initial_rate is not None:

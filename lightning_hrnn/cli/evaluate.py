@@ -138,7 +138,7 @@ def compare(
     Raises:
         KeyboardInterrupt: It says that nothing is lost.
     """
-    version = f"{fingerprint(rule)}, first rate {first_rate(rule):g}"
+    version = _version(rule)
     others = (DEFAULT_ADAM, *BASELINES, *(CONSTANT if options.constant else ()))
     baselines = [Trial(setting, task, name) for task in tasks for name in others]
     ours = (OURS, ANYTIME, GIVEN) if options.given else (OURS, ANYTIME)
@@ -160,6 +160,12 @@ def compare(
     return {
         task: {trial.optimizer: outcome for trial, outcome in found.items() if trial.task == task} for task in tasks
     }
+
+
+def _version(rule: HierarchicalRNN) -> str:
+    """Return what tells weights from others, those for small models included."""
+    own = f"{fingerprint(rule)}, first rate {first_rate(rule):g}"
+    return f"{own}; below {rule.small.below}: {_version(rule.small.rule)}" if rule.small else own
 
 
 def settings(options: Namespace, card: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome], looked_a
     return {
         "suite": setting.suite,
         "task": task,
+        **_configuration(setting, task),
         "steps": setting.steps,
         "used_for_selection": task.startswith(f"{SELECTION}/"),
         "looked_at": task in looked_at,
@@ -86,6 +87,11 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome], looked_a
         "within_5_percent_of_adam": _is_within(level[OURS], level["adam"]),
         "beaten_pairs": {name: _pairs(ours, outcomes[name]) for name in BASELINES},
     }
+
+
+def _configuration(setting: Setting, task: str) -> Record:
+    """Name what was drawn from a family of a corpus; the tasks of other suites are known by their names."""
+    return {"configuration": repr(setting.families()[task]())} if setting.suite == "corpus" else {}
 
 
 def summarise(records: Sequence[Record]) -> Record:

@@ -14,7 +14,7 @@ the param level.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -27,12 +27,17 @@ from lightning_hrnn.meta.estimators import Estimate, Window, perturbations, surr
 from lightning_hrnn.meta.exploration import Exploration
 from lightning_hrnn.meta.kernels.param_levels import OwnParamLevels
 from lightning_hrnn.meta.population import Population
+from lightning_hrnn.meta.rivals import Rivals, Standing
 from lightning_hrnn.meta.truncation import TaskPool, schedule_of
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import cpp
 
 LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken
+
+LARGEST_WEIGHTED = 2.0  # root mean square of the differences of a batch with rivals, so that none owns the estimate
+COMPARED = 10  # instances of a batch that the rivals train, too
+UNRIVALLED = 0.7  # that of a batch without, among others that have rivals
 
 NEGLIGIBLE = 2e-3  # difference of meta-losses that is not worth to be balanced with others
 
@@ -69,6 +74,10 @@ class Evolution:
             batch. Else those of tasks whose losses vary most own the estimate, with their noise.
         param_level: whether the param level's meta-parameters evolve too, all but its initial state: timescales and
             directions. Takes the compiled kernels, whatever the engine, and runs on the CPU.
+        spreads: how wide meta-parameters are spread, and how fast they move, beside others, by the beginnings of their
+            names: in place of `SPREADS`; 0 leaves them as they are. Fewer that move are known better.
+        rivals: optimizers to end lower than. Where a run is as long as theirs and cools down as they do, differences
+            count by how much they change who ends lower, see `Standing`.
         explore: standard deviation of nudges of log rates; above 0, what moves learned rates (their drift and all that
             it depends on) learns from these instead of perturbations of its own.
         seed: of the perturbations and nudges.
@@ -89,6 +98,8 @@ class Evolution:
         param_level: bool = False,
         explore: float = 0.0,
         balance: bool = False,
+        spreads: Mapping[str, float] | None = None,
+        rivals: Rivals | None = None,
         seed: int = 0,
     ) -> None:
         if not 0 <= explore < math.inf:
@@ -99,6 +110,11 @@ class Evolution:
             raise ValueError(f"shares of the window must be above 0 and at most 1, not {list(shares)}.")
         self.sigma, self.shares, self.clip, self.seed = sigma, tuple(shares), clip, seed
         self.param_level, self.explore, self.balance = param_level, explore, balance
+        own = dict(spreads or {})
+        if wrong := {name: width for name, width in own.items() if not 0 <= width < math.inf}:
+            raise ValueError(f"spreads must be finite and not negative, not {wrong}.")
+        self.widths = own | {name: width for name, width in SPREADS.items() if name not in own}
+        self.rivals, self.standing = rivals, Standing()
 
     def check(self, rule: HierarchicalRNN) -> None:
         """Refuse a rule that it cannot move.
@@ -143,13 +159,14 @@ class Evolution:
                     population.to_tensors([place.known_length for place in places]),
                 ),
                 length,
-                {max(0, length - 1 - before) for before in LAST_STEPS},
+                _last_steps(length),
                 engine,
                 schedule=schedule_of(places, population),
             ).losses
         initial = torch.cat([place.initial_loss.repeat(2) for place in places])
         scores = population.by_batch(window.loss(losses, initial).mean(0))
-        differences = [self._difference(score) for score in scores]
+        weights = self._weights(pool, window, length, scores)
+        differences = [self._difference(score, weight) for score, weight in zip(scores, weights, strict=True)]
         estimate = torch.zeros_like(spread)
         for noise, difference in zip(noises, differences, strict=True):
             estimate += (noise * difference).mean(1) / (2 * len(noises))
@@ -161,13 +178,35 @@ class Evolution:
             total = exploration.surrogate(rule, differences, total)
         return Estimate(total, [score[None] for score in scores])
 
-    def _difference(self, score: Tensor) -> Tensor:  # [2 B] -> [B]
-        """Compare the meta-losses of the pairs of a batch."""
+    def _difference(self, score: Tensor, weight: float | None = None) -> Tensor:  # [2 B] -> [B]
+        """Compare the meta-losses of the pairs of a batch, which counts as much as its rivals say if it has any."""
         plus, minus = score.chunk(2)
         difference = plus - minus
-        if self.balance:
-            difference = difference / (difference.square().mean().sqrt() + NEGLIGIBLE)
+        size = difference.square().mean().sqrt() + NEGLIGIBLE
+        if weight is not None:
+            difference = difference * min(weight, LARGEST_WEIGHTED / float(size))
+        elif self.balance:
+            difference = difference / size * (UNRIVALLED if self.rivals else 1.0)
         return difference.clamp(-self.clip, self.clip)
+
+    def _weights(self, pool: TaskPool, window: Window, length: int, scores: Sequence[Tensor]) -> Sequence[float | None]:
+        """Return how much a difference counts in each batch; None where there are no rivals."""
+        if self.rivals is None or self.rivals.steps != length:
+            return [None] * len(scores)
+        places = list(pool)
+        theirs = self.rivals.losses([place.tasks.first(COMPARED) for place in places], _last_steps(length))
+        floor = float(window.loss(torch.zeros(1), torch.ones(1)))
+        return [
+            self.standing.weight(
+                repr(place.tasks.family),
+                score.view(2, -1).mean(0)[:COMPARED],
+                {name: window.loss(losses, place.initial_loss[:COMPARED]).mean(0) for name, losses in rivals.items()},
+                floor,
+            )
+            if rivals and place.cools
+            else None
+            for place, score, rivals in zip(places, scores, theirs, strict=True)
+        ]
 
     def moved(self, rule: HierarchicalRNN) -> list[nn.Parameter]:
         """Return the meta-parameters that evolve."""
@@ -178,22 +217,29 @@ class Evolution:
         names = {value: name for name, value in rule.named_parameters()}
         still = EXPLORED if self.explore else ()
         parts = [
-            torch.full((value.numel(),), spread_of(names[value]) * (value.requires_grad and names[value] not in still))
+            torch.full(
+                (value.numel(),), self.spread_of(names[value]) * (value.requires_grad and names[value] not in still)
+            )
             for value in self.moved(rule)
         ]
         return torch.cat(parts).to(rule.evolving[0])
 
+    def spread_of(self, name: str) -> float:
+        """Return how wide a meta-parameter is spread beside others, by its name."""
+        return next((width for start, width in self.widths.items() if name.startswith(start)), 1.0)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: no run outlasts its window."""
-        return {}
+        """Return how the rule stands beside its rivals; no run outlasts its window."""
+        return self.standing.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take on nothing."""
+        """Take that on."""
+        self.standing.load_state_dict(state)
 
 
-def spread_of(name: str) -> float:
-    """Return how wide a meta-parameter is spread beside others, by its name."""
-    return next((spread for start, spread in SPREADS.items() if name.startswith(start)), 1.0)
+def _last_steps(length: int) -> set[int]:
+    """Return the steps after which the losses of a run are taken."""
+    return {max(0, length - 1 - before) for before in LAST_STEPS}
 
 
 def perturbed(rule: HierarchicalRNN, population: Population, noise: Tensor) -> HierarchicalRNN:

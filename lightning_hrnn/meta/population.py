@@ -55,6 +55,11 @@ class TaskBatch:
         data = {key: repeated(value) for key, value in self.data.items()}
         return TaskBatch(self.family, [repeated(value) for value in self.params], data, self.generator)
 
+    def first(self, count: int) -> TaskBatch:
+        """Return the first instances, with the same source of minibatches."""
+        data = {key: value[:count] for key, value in self.data.items()}
+        return replace(self, params=[value[:count] for value in self.params], data=data)
+
     def twice(self) -> TaskBatch:
         """Return the instances twice over, one after the other, each with the same minibatches and noise as its twin.
 

@@ -24,6 +24,8 @@ from lightning_hrnn.optimizer.schedule import cooldown
 from lightning_hrnn.tasks.base import TaskFamily
 from lightning_hrnn.tasks.corpus import Corpus
 
+FEWEST = 4  # instances of a large task
+
 
 class TaskStream:
     """Draw fresh tasks without end; the `i`-th draw depends on corpus, seed and `i` alone.
@@ -34,10 +36,19 @@ class TaskStream:
         seed: of all draws.
         shard: index of this stream among `shards`, which share no task.
         shards: number of streams.
+        most_params: of a batch: of large tasks there are fewer instances, but `FEWEST` at least.
     """
 
-    def __init__(self, corpus: Corpus | TaskFamily, count: int, seed: int, shard: int = 0, shards: int = 1) -> None:
-        self.corpus, self.count, self.seed = corpus, count, seed
+    def __init__(
+        self,
+        corpus: Corpus | TaskFamily,
+        count: int,
+        seed: int,
+        shard: int = 0,
+        shards: int = 1,
+        most_params: int | None = None,
+    ) -> None:
+        self.corpus, self.count, self.seed, self.most_params = corpus, count, seed, most_params
         self.shard, self.shards = shard, shards
         self.drawn = 0
 
@@ -55,7 +66,11 @@ class TaskStream:
     def draw(self, seed: int, device: torch.device | str = "cpu") -> TaskBatch:
         """Draw the task batch that belongs to a seed."""
         family = self.corpus.sample(random.Random(seed)) if isinstance(self.corpus, Corpus) else self.corpus
-        return TaskBatch.draw(family, self.count, seed, device)
+        count = self.count
+        if self.most_params is not None:
+            one = TaskBatch.draw(family, 1, seed, device).size
+            count = min(count, max(FEWEST, self.most_params // one))
+        return TaskBatch.draw(family, count, seed, device)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,21 @@ def adapt_state(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"The saved state has parameters that this optimizer has not: {strangers}. The model differs.")
     state = {}
     for index, values in saved["state"].items():
-        fresh = own["state"][ids[index]]
-        state[index] = {**fresh, **{key: values[key] for key in CARRIED if key in values and key in fresh}}
-        state[index]["square"] = _with_rows(state[index]["square"], len(fresh["square"]))
+        state[index] = carried(values, own["state"][ids[index]])
     skipped = note_of(saved).get("skipped_steps", 0)
     return {**saved, "state": state, NOTE: {**own[NOTE], "skipped_steps": skipped}}
+
+
+def carried(values: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of a tensor for other weights: what means the same to every rule, and the rest of a new one's.
+
+    Args:
+        values: its state so far.
+        fresh: its state as these weights begin it.
+    """
+    state = {**fresh, **{key: values[key] for key in CARRIED if key in values and key in fresh}}
+    state["square"] = _with_rows(state["square"], len(fresh["square"]))
+    return state
 
 
 def _with_rows(square: Tensor, rows: int) -> Tensor:

@@ -17,6 +17,15 @@ FIRST_INPUTS = ("size", "tensor_count", "model_count")
 DRIFT_INPUTS = ("tensor", "means", "global", "peak", "length")
 COUNTS = ("tensor_count", "model_count")  # the rows of `Layout.smallness`
 SCALE_INPUTS = (*COUNTS, "trend")
+NAMES: dict[str, tuple[str, ...]] = {
+    "features": tuple(FEATURES),
+    "tensor_features": TENSOR_FEATURES,
+    "readouts": READOUTS,
+    "without": PARTS,
+    "first_inputs": FIRST_INPUTS,
+    "drift_inputs": DRIFT_INPUTS,
+    "scale_inputs": SCALE_INPUTS,
+}  # fields that list names, and what they may name
 TREND_MEMORY = 10.0  # steps that count as of late
 POSITIVE = (
     "drift_rise",
@@ -131,8 +140,7 @@ class RuleConfig:
     far_fall: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("features", "tensor_features", "readouts", "without", "first_inputs", "drift_inputs", "scale_inputs")
-        for field in names:
+        for field in NAMES:
             if not isinstance(value := getattr(self, field), list | tuple):
                 raise ValueError(f"{field} must be a list of names, not {value!r}.")
             object.__setattr__(self, field, tuple(value))
@@ -154,15 +162,7 @@ class RuleConfig:
         for field in ("slows", "anneals"):
             if not isinstance(flag := getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, not {flag!r}.")
-        for field, known in (
-            ("features", tuple(FEATURES)),
-            ("tensor_features", TENSOR_FEATURES),
-            ("readouts", READOUTS),
-            ("without", PARTS),
-            ("first_inputs", FIRST_INPUTS),
-            ("drift_inputs", DRIFT_INPUTS),
-            ("scale_inputs", SCALE_INPUTS),
-        ):
+        for field, known in NAMES.items():
             unknown = [name for name in getattr(self, field) if name not in known]
             if unknown:
                 raise ValueError(f"Unknown {field} {unknown}: choose from {list(known)}.")

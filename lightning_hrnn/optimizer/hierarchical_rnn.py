@@ -402,6 +402,7 @@ class HierarchicalRNN(nn.Module):
 
     Attributes:
         card: how these meta-parameters came about, as loaded; empty for a new rule.
+        small: another rule, for models of few parameters, if the card names one; see `for_model`.
 
     Example:
         >>> rule = HierarchicalRNN()
@@ -417,6 +418,7 @@ class HierarchicalRNN(nn.Module):
     def __init__(self, config: RuleConfig | None = None) -> None:
         super().__init__()
         self.card: dict[str, Any] = {}
+        self.small: SmallModels | None = None
         self.config = config = config or RuleConfig()
         h0, h1, h2 = config.param_hidden, config.tensor_hidden, config.global_hidden
         features = count_features(config.features, config.timescales)
@@ -454,6 +456,10 @@ class HierarchicalRNN(nn.Module):
         for value in (value for part in parts for value in of_part.get(part, [])):
             value.detach().zero_()
             value.requires_grad_(False)
+
+    def for_model(self, params: int) -> HierarchicalRNN:
+        """Return the rule for a model of so many parameters: this one, or the one for small models if it has one."""
+        return self.small.rule if self.small and params < self.small.below else self
 
     def without_rate(self) -> HierarchicalRNN:
         """Return a copy that leaves log rates where they are put: it supplies direction and timescales alone."""
@@ -720,6 +726,13 @@ class HierarchicalRNN(nn.Module):
 def progress(state: RuleState) -> Tensor:  # -> [T]
     """Say how much of a run is over, from 0 to 1; 0 where nobody knows how long it is, or it went on for longer."""
     return state.age / state.run_length.clamp(min=1.0) * (state.age < state.run_length)
+
+
+class SmallModels(NamedTuple):
+    """Hold a rule for models of few parameters, which is no part of the one that names it: no module of it."""
+
+    below: int  # parameters
+    rule: HierarchicalRNN
 
 
 ParamLevelEngine = Callable[[HierarchicalRNN, Tensor, RuleState, Tensor, Layout], ParamLevel]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from lightning_hrnn.optimizer.adapt import OtherWeights, adapt_state
+from lightning_hrnn.optimizer.adapt import OtherWeights, adapt_state, carried
 from lightning_hrnn.optimizer.checks import (
     check_fit,
     check_gradient,
@@ -64,7 +64,8 @@ class HRNN(Optimizer):
 
     Args:
         params: parameters, or dicts of parameter groups.
-        weights: name of shipped weights, path of a `.safetensors` file, or a rule.
+        weights: name of shipped weights, path of a `.safetensors` file, or a rule. Weights may name others for models
+            of few parameters, as `hrnn-v11` does; these count all parameters that the optimizer is given.
         lr: multiplier of the learned rate, of each group. 1, the rule as trained, if `None`; 0 leaves parameters and
             state alone. Schedulers may move it. With `rate="given"`, the rate itself.
         weight_decay: decoupled decay, of each group: `theta -= lr * rate * weight_decay * theta`, with `rate` the
@@ -120,16 +121,13 @@ class HRNN(Optimizer):
             raise ValueError(f"rate must be one of {choices}, not {rate!r}.")
         if rate == "given" and initial_rate is not None:
             raise ValueError("With rate='given' there is no learned rate to begin: drop initial_rate, and set lr.")
-        rule = weights if isinstance(weights, HierarchicalRNN) else load_pretrained(weights)
-        self._rules = {torch.device("cpu"): _frozen(rule if rate == "learned" else rule.without_rate())}
-        self._rate, self._given = rate, dict[Tensor, float]()  # the second: log rates as put, with `rate="given"`
+        self._weights = weights if isinstance(weights, HierarchicalRNN) else load_pretrained(weights)
         self._weights_name = "custom" if isinstance(weights, HierarchicalRNN) else str(weights)
-        self._fingerprint = fingerprint(rule)
-        self._first_rate = first_rate(rule)
+        self._rate, self._given = rate, dict[Tensor, float]()  # the second: log rates as put, with `rate="given"`
         self._kernel_name, self._state_dtype = kernel, state_dtype
         self._other_weights = other_weights
         check_kernel(kernel)  # now, not at the first step
-        self._kernels: dict[str, StepKernel] = {}
+        self._use(self._weights)
         self._ranks = Ranks()
         self._true_weights: dict[Tensor, Tensor] = {}  # this rank's shards
         self._skipped = self._taken = 0
@@ -178,7 +176,29 @@ class HRNN(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._choose_rule()
         self._begin_group(group)
+
+    def _choose_rule(self) -> None:
+        """Take the rule for a model of this size; hidden states of another begin anew, as `adapt_state` has it."""
+        params = sum(param.numel() for group in self.param_groups for param in group["params"])
+        if (rule := self._weights.for_model(params)) is self._used:
+            return
+        before = dict(self.state)
+        self._use(rule)
+        self.state.clear()
+        for group in self.param_groups[:-1]:
+            self._begin_group(group)
+        for param, values in before.items():
+            if values["age"] > 0:
+                self.state[param] = carried(values, self.state[param])
+
+    def _use(self, rule: HierarchicalRNN) -> None:
+        """Step by a rule from now on."""
+        self._used = rule
+        self._rules = {torch.device("cpu"): _frozen(rule if self._rate == "learned" else rule.without_rate())}
+        self._kernels: dict[str, StepKernel] = {}
+        self._fingerprint, self._first_rate = fingerprint(rule), first_rate(rule)
 
     def _begin_group(self, group: dict[str, Any]) -> None:
         """Give the parameters of a group their state."""
@@ -398,8 +418,8 @@ class HRNN(Optimizer):
 
     @property
     def weights_name(self) -> str:
-        """Name the weights."""
-        return self._weights_name
+        """Name the weights in use: for a small model those that the given weights name for it."""
+        return self._weights_name if self._used is self._weights else str(self._used.card["name"])
 
     @property
     def rule(self) -> HierarchicalRNN:
@@ -421,7 +441,7 @@ class HRNN(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with a note of the weights it belongs to."""
         result = super().state_dict()
-        note = {"weights": self._weights_name, "sha256": self._fingerprint, "skipped_steps": self.skipped_steps}
+        note = {"weights": self.weights_name, "sha256": self._fingerprint, "skipped_steps": self.skipped_steps}
         result[NOTE] = result["param_groups"][0][NOTE] = note  # see `note_of`
         return result
 
@@ -460,7 +480,7 @@ class HRNN(Optimizer):
         if note and theirs != self._fingerprint:
             differ = (
                 f"This state was made with the weights {note.get('weights')!r} ({theirs[:12]}), and the optimizer "
-                f"has {self._weights_name!r} ({self._fingerprint[:12]})."
+                f"has {self.weights_name!r} ({self._fingerprint[:12]})."
             )
             if self._other_weights == "refuse":
                 raise ValueError(
@@ -516,5 +536,5 @@ def _frozen(rule: HierarchicalRNN) -> HierarchicalRNN:
     """Copy a rule for use, in single precision, on the CPU, without gradients."""
     card = rule.card
     copy = deepcopy(rule).float().cpu().requires_grad_(False).eval()
-    copy.card = card
+    copy.card, copy.small = card, None  # which of the two it is, is settled
     return copy

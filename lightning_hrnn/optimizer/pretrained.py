@@ -2,6 +2,7 @@
 
 A file `NAME.safetensors` holds the tensors, `NAME.json` beside it the card: the rule's configuration, the corpus, the
 length of the meta-training, an evaluation, and the checksum of the tensors' file. Shipped weights lie in `weights/`.
+A card may name other weights beside it for models of few parameters, as `SMALL_KEYS` says.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from lightning_hrnn.optimizer.config import RuleConfig
-from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
+from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN, SmallModels
 
-DEFAULT_WEIGHTS = "hrnn-v10"
+DEFAULT_WEIGHTS = "hrnn-v11"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 CARD_KEYS = {"config": dict, "sha256": str}
+SMALL_KEYS = {"below": int, "weights": str, "sha256": str}  # parameters; name of a file beside it; its checksum
 FIRST_RATE = 1e-3  # where a card says none
 POSITIVE_KEYS = ("initial_rate", "horizon")  # of a card, where it has them
 RESULT_KEYS = {"net": str, "regret": int | float, **dict.fromkeys(("steps", "hrnn", "tuned_adam"), list)}
@@ -44,17 +46,18 @@ def available_weights() -> list[str]:
 
 
 def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
-    """Load a rule; its card is the attribute `card`.
+    """Load a rule; its card is the attribute `card`, and the rule for small models that the card may name `small`.
 
     Args:
         weights: name of shipped weights, or path of a `.safetensors` file with its card beside it.
 
     Raises:
-        WeightsError: there are no such weights, the file differs from its card's checksum, or is not a rule.
+        WeightsError: there are no such weights, the file differs from its card's checksum, or is not a rule; or so it
+            is with the weights for small models.
 
     Example:
         >>> load_pretrained().card["name"]
-        'hrnn-v10'
+        'hrnn-v11'
     """
     path = _find(weights)
     card = read_card(path)
@@ -76,7 +79,26 @@ def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
     if not all(bool(value.isfinite().all()) for value in rule.parameters()):
         raise WeightsError(f"{path} holds values that are not finite. Export it again from a sound checkpoint.")
     rule.card = card
+    if "small" in card:
+        rule.small = SmallModels(card["small"]["below"], _load_small(path, card["small"]))
     return rule.eval()
+
+
+def _load_small(path: Path, named: dict[str, Any]) -> HierarchicalRNN:
+    """Load the weights for small models that the card of those at `path` names."""
+    beside = path.parent / f"{named['weights']}.safetensors"
+    mend = (
+        f"{path.stem} uses it for models of fewer than {named['below']:,} parameters: copy it there, or take 'small' "
+        "out of its card."
+    )
+    if beside.parent != path.parent or not beside.is_file():
+        raise WeightsError(f"There is no weights file {beside} beside {path.name}. {mend}")
+    card = read_card(beside)
+    if card["sha256"] != named["sha256"]:
+        raise WeightsError(f"{beside} is another one than the card of {path.stem} means, by its checksum. {mend}")
+    if "small" in card:
+        raise WeightsError(f"{beside} is for small models and names yet others itself: take 'small' out of its card.")
+    return load_pretrained(beside)
 
 
 def read_card(weights: str | Path = DEFAULT_WEIGHTS) -> dict[str, Any]:
@@ -103,6 +125,12 @@ def read_card(weights: str | Path = DEFAULT_WEIGHTS) -> dict[str, Any]:
         raise WeightsError(
             f"{path} is damaged: 'evaluation' must list networks, each with {sorted(RESULT_KEYS)}. Export it again, or "
             "leave 'evaluation' out."
+        )
+    small = card.get("small", {"below": 1, "weights": "", "sha256": ""})
+    if _missing(small, SMALL_KEYS) or not _is_positive(small["below"]):
+        raise WeightsError(
+            f"{path} is damaged: 'small' must name weights for small models by {sorted(SMALL_KEYS)}, the first a "
+            "number of parameters. Export it again, or leave 'small' out."
         )
     if not _names_tasks(card.get("looked_at", {})):
         raise WeightsError(f"{path} is damaged: 'looked_at' must list names of tasks for each suite. Export it again.")
@@ -152,6 +180,8 @@ def horizon(card: dict[str, Any]) -> float:
 def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any]) -> Path:
     """Write a rule and its card, completing the card with name, configuration and checksum.
 
+    The rule for small models that it may have is written beside it.
+
     Args:
         rule: what to save.
         path: of the `.safetensors` file; the card lies beside it.
@@ -161,7 +191,7 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
         The path of the tensors' file.
 
     Raises:
-        ValueError: the path has another suffix.
+        ValueError: the path has another suffix, or another file has the place of the rule for small models.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -177,11 +207,25 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
         "config": rule.config.to_dict(),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+    full.pop("small", None)  # of the weights that it was made from
+    if rule.small is not None:
+        full["small"] = {"below": rule.small.below, **_save_beside(path, rule.small.rule)}
     for file, data in ((path, content), (path.with_suffix(".json"), (json.dumps(full, indent=2) + "\n").encode())):
         part = file.with_suffix(file.suffix + ".part")
         part.write_bytes(data)
         part.replace(file)
     return path
+
+
+def _save_beside(path: Path, small: HierarchicalRNN) -> dict[str, str]:
+    """Write loaded weights for small models beside those at `path`, unless they are there; return how to name them."""
+    name, sha256 = small.card["name"], small.card["sha256"]
+    beside = path.with_name(f"{name}.safetensors")
+    if not beside.exists():
+        save_pretrained(small, beside, small.card)
+    if beside == path or read_card(beside)["sha256"] != sha256:
+        raise ValueError(f"{beside} is another file than the weights {name!r}: save these elsewhere.")
+    return {"weights": name, "sha256": sha256}
 
 
 def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | None = None) -> HierarchicalRNN:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.pretrained import read_card
 from lightning_hrnn.optimizer.schedule import cooldown
 
 INPUTS, HIDDEN = 4, 6
@@ -31,6 +32,9 @@ EVERY_PART = RuleConfig(  # of a rule with bounded rates
     scale_memory=20.0,
     scale_inputs=("tensor_count", "model_count", "trend"),
 )
+
+
+SMALL_WEIGHTS = str(read_card()["small"]["weights"])  # what models as small as these are stepped with by default
 
 
 class Batches:
