@@ -36,8 +36,8 @@ from lightning_hrnn.optimizer.kernels import cpp
 LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken
 
 LARGEST_WEIGHTED = 2.0  # root mean square of the differences of a batch with rivals, so that none owns the estimate
+UNRIVALLED = 0.7  # the same of a batch without, among others that have rivals; and the least: nothing is given up
 COMPARED = 10  # instances of a batch that the rivals train, too
-UNRIVALLED = 0.7  # that of a batch without, among others that have rivals
 
 NEGLIGIBLE = 2e-3  # difference of meta-losses that is not worth to be balanced with others
 
@@ -184,7 +184,7 @@ class Evolution:
         difference = plus - minus
         size = difference.square().mean().sqrt() + NEGLIGIBLE
         if weight is not None:
-            difference = difference * min(weight, LARGEST_WEIGHTED / float(size))
+            difference = difference * min(max(weight, UNRIVALLED / float(size)), LARGEST_WEIGHTED / float(size))
         elif self.balance:
             difference = difference / size * (UNRIVALLED if self.rivals else 1.0)
         return difference.clamp(-self.clip, self.clip)

@@ -84,7 +84,7 @@ class HRNN(Optimizer):
         cooldown: a second multiplier, of all groups, for who knows how far the run has come; see
             `optimizer.schedule.cooldown`. 1 unless set.
         run_length: steps of the run, for who knows it and lets `cooldown` fall to 0 at its end; weights may read it,
-            as `hrnn-v10` does. 0, unknown, unless set. Like `cooldown` it is no part of
+            as `hrnn-v11` does. 0, unknown, unless set. Like `cooldown` it is no part of
             the state dict.
 
     Raises:
