@@ -55,8 +55,11 @@ INSTEAD = {
         *shlex.split("--model.places 2 --model.window 10 --data.instances 2 --data.validation_steps 20"),
         *(["--model.estimator.init_args.param_level", "false"] if build.why_unavailable() else []),
     ],
-    "recipes/meta_train/default.yaml": shlex.split(
-        "--model.places 2 --model.window 4 --model.scored_steps 2 --data.instances 2 --data.validation_steps 4"
+    **dict.fromkeys(
+        ("recipes/meta_train/default.yaml", "recipes/meta_train/refine.yaml"),
+        shlex.split(
+            "--model.places 2 --model.window 4 --model.scored_steps 2 --data.instances 2 --data.validation_steps 4"
+        ),
     ),
 }
 SHORT = [
