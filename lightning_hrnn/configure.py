@@ -118,8 +118,10 @@ def _convert_for_fit(module: LightningModule, own: Callable[[], Any] | None, opt
 
 def _convert_always(module: LightningModule, own: Callable[[], Any] | None, options: HRNNOptions) -> Any:
     if own is None and type(module).configure_optimizers is LightningModule.configure_optimizers:
-        rank_zero_info(f"configure_hrnn: HRNN (weights: {options.weights_name}) for all trainable parameters.")
-        return _over_all(module, options)
+        optimizer = _over_all(module, options)
+        weights = options.weights_in_use([optimizer])
+        rank_zero_info(f"configure_hrnn: HRNN (weights: {weights}) for all trainable parameters.")
+        return optimizer
     conversion = Conversion(own() if own else type(module).configure_optimizers(module), options)
     rank_zero_info(f"configure_hrnn: {conversion}")
     return conversion.result

@@ -54,7 +54,7 @@ class Conversion:
             return "nothing to replace: configure_optimizers returned no optimizer that is not HRNN already."
         options = self.options
         rates = f"{options.lr:g} x the {'learned' if options.rate == 'learned' else 'given'} rates"
-        text = f"{_names(self.new)} -> HRNN (weights: {options.weights_name}, lr: {rates})."
+        text = f"{_names(self.new)} -> HRNN (weights: {options.weights_in_use(self.new.values())}, lr: {rates})."
         if lower := sorted(self.ratios - {1.0}):
             text += f" Param groups of lower learning rate keep the ratio: {', '.join(map('{:g}'.format, lower))}."
         if kept := _names(s for s in self.schedulers if s.optimizer in self.new.values()):

@@ -113,8 +113,7 @@ class TaskDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return how many tasks were drawn, so that a resumed run goes on with others, and from what."""
         drawn = self.stream.drawn if self.stream else 0
-        bound = {} if self.most_params is None else {"most_params": self.most_params}
-        return {"drawn": drawn, **self.description, "instances": self.instances, **bound}
+        return {"drawn": drawn, **self.description, "instances": self.instances, "most_params": self.most_params}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on drawing where the run stopped.
@@ -122,8 +121,11 @@ class TaskDataModule(LightningDataModule):
         Raises:
             ValueError: it drew from another corpus, with another seed, or another number of instances.
         """
-        own = self.state_dict()
-        changed = {key: value for key, value in state_dict.items() if key != "drawn" and own.get(key) != value}
+        own, saved = (
+            self.state_dict(),
+            {"most_params": None, **state_dict},
+        )  # of a run from before there was such a bound
+        changed = {key: value for key, value in saved.items() if key != "drawn" and own.get(key) != value}
         if changed:
             raise ValueError(
                 f"The run that stopped drew its tasks with {changed}, this one would with "

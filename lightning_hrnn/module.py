@@ -115,7 +115,7 @@ class MetaLearner(LightningModule):
         self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
         self.engine: ParamLevelEngine | None = choose_engine(engine, self.rule)
         if isinstance(self.estimator, Evolution):
-            self.estimator.check(self.rule)
+            self.estimator.check(self.rule, window)
         self.skipped_meta_steps = 0
         self._stored_pool: dict[str, Any] | None = None
         self._evaluation: dict[str, ValidationResult] = {}

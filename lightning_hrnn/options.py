@@ -1,5 +1,6 @@
 """How the optimizers of a module become `HRNN`: the options of the callback and of the helpers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -11,7 +12,7 @@ from lightning_hrnn.optimizer.fallback import DEFAULT_FALLBACK_LR, HRNNWithFallb
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import check_kernel
 from lightning_hrnn.optimizer.optimizer import HRNN, Rate
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, read_card
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, load_pretrained
 from lightning_hrnn.optimizer.schedule import SHARE
 
 SchedulerPolicy = Literal["drop", "keep", "refuse"]
@@ -84,7 +85,7 @@ class HRNNOptions:
         if self.rate == "given" and self.initial_rate is not None:
             raise ValueError("with rate='given' there is no learned rate to begin: drop initial_rate")
         if not isinstance(self.weights, HierarchicalRNN):
-            read_card(self.weights)
+            load_pretrained(self.weights)  # says now what is wrong with them
 
     @property
     def keeps_schedulers(self) -> bool:
@@ -96,10 +97,11 @@ class HRNNOptions:
         """Tell whether the rates are the learned ones, and no scheduler of the module moves them."""
         return self.rate == "learned" and not self.keeps_schedulers
 
-    @property
-    def weights_name(self) -> str:
-        """Name the weights."""
-        return "a rule of your own" if isinstance(self.weights, HierarchicalRNN) else str(self.weights)
+    def weights_in_use(self, optimizers: Iterable[HRNN]) -> str:
+        """Name the weights by which optimizers of these options step: for small models they may be others."""
+        if isinstance(self.weights, HierarchicalRNN):
+            return "a rule of your own"
+        return ", ".join(sorted({optimizer.weights_name for optimizer in optimizers}))
 
     def build(self, params: Any, weight_decay: float = 0.0, fallback_lr: float = DEFAULT_FALLBACK_LR) -> HRNN:
         """Return the optimizer of these options over parameters or param groups."""

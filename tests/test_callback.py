@@ -10,7 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.modules import Batches, NoOptimizer, Regression, Validated, adamw, attentive_rule, by_hand, quiet_trainer
+from helpers.modules import (
+    SMALL_WEIGHTS,
+    Batches,
+    NoOptimizer,
+    Regression,
+    Validated,
+    adamw,
+    attentive_rule,
+    by_hand,
+    quiet_trainer,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
@@ -59,7 +69,7 @@ def test_a_users_module_with_adamw_and_cosine_trains_by_adding_the_callback_alon
     assert isinstance(trainer.optimizers[0], HRNN)
     assert sum(module.loss(batch).item() for batch in batches) < 0.8 * before
     (message,) = said(caplog)
-    start = f"HRNNOptimizerCallback: AdamW -> HRNN (weights: {DEFAULT_WEIGHTS}, lr: 1 x the learned rates)"
+    start = f"HRNNOptimizerCallback: AdamW -> HRNN (weights: {SMALL_WEIGHTS}, lr: 1 x the learned rates)"
     assert message.startswith(start)
     assert "Dropped: CosineAnnealingLR" in message
 
@@ -223,7 +233,7 @@ def test_configure_hrnn_trains_a_module_that_configures_nothing(tmp_path, caplog
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     with caplog.at_level(logging.INFO):
         trainer.fit(module, Batches())
-    assert said(caplog) == [f"configure_hrnn: HRNN (weights: {DEFAULT_WEIGHTS}) for all trainable parameters."]
+    assert said(caplog) == [f"configure_hrnn: HRNN (weights: {SMALL_WEIGHTS}) for all trainable parameters."]
     (optimizer,) = trainer.optimizers
     assert type(optimizer) is HRNN
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]

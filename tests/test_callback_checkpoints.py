@@ -8,7 +8,9 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, OnExcep
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
 from lightning_hrnn.callbacks import HRNNOptimizerCallback
+from lightning_hrnn.optimizer.hierarchical_rnn import SmallModels
 from lightning_hrnn.optimizer.optimizer import HRNN
+from lightning_hrnn.optimizer.pretrained import fingerprint, load_pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
@@ -148,7 +150,12 @@ class Unfreeze(BaseFinetuning):
             self.make_trainable(pl_module.backbone)
 
 
-def test_finetuning_adds_a_group_and_resumes(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"rate": "given"}, {"on_divergence": "adamw"}], ids=str)
+@pytest.mark.parametrize("below", [0, 8, 1000])  # parameters; the head has 7
+def test_finetuning_adds_a_group_and_resumes(tmp_path, below, options):
+    rule = load_pretrained()
+    small, rule.small = rule.small.rule, SmallModels(below, rule.small.rule)
+
     def head_first(module):
         return torch.optim.Adam(filter(lambda param: param.requires_grad, module.parameters()), lr=1e-3)
 
@@ -157,7 +164,7 @@ def test_finetuning_adds_a_group_and_resumes(tmp_path):
         frozen = module.backbone.weight.detach().clone()
         trainer = quiet_trainer(
             tmp_path,
-            HRNNOptimizerCallback(),
+            HRNNOptimizerCallback(rule, **options),
             Unfreeze(),
             every_epoch(tmp_path / "saved"),
             max_epochs=4,
@@ -169,12 +176,14 @@ def test_finetuning_adds_a_group_and_resumes(tmp_path):
 
     module, trainer = run()
     (optimizer,) = trainer.optimizers
-    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.1]
+    assert (fingerprint(optimizer.rule) == fingerprint(small)) == (below == 1000 and "rate" not in options)
+    assert [group["lr"] / optimizer.param_groups[0]["lr"] for group in optimizer.param_groups] == [1.0, 0.1]
     assert {int(optimizer.state[param]["age"]) for param in module.head.parameters()} == {8}
     assert {int(optimizer.state[param]["age"]) for param in module.backbone.parameters()} == {6}
-    resumed, second = run(ckpt_path=tmp_path / "saved" / "epoch=2.ckpt")
-    assert same_state(module.state_dict(), resumed.state_dict())
-    assert same_state(optimizer.state_dict(), second.optimizers[0].state_dict())
+    for epoch in (0, 2):  # before the backbone joined, and after
+        resumed, second = run(ckpt_path=tmp_path / "saved" / f"epoch={epoch}.ckpt")
+        assert same_state(module.state_dict(), resumed.state_dict())
+        assert same_state(optimizer.state_dict()["state"], second.optimizers[0].state_dict()["state"])
 
 
 # ---------------------------------------------------------------- other optimizers' checkpoints

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.modules import GAN, Batches, Regression, adamw, quiet_trainer
+from helpers.modules import GAN, SMALL_WEIGHTS, Batches, Regression, adamw, quiet_trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import SGD, Adam, AdamW, RMSprop
@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from lightning_hrnn.callbacks import HRNNOptimizerCallback
 from lightning_hrnn.conversion import Conversion
 from lightning_hrnn.optimizer.optimizer import HRNN
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS
 from lightning_hrnn.options import HRNNOptions
 from lightning_hrnn.schedulers import HeldLR
 
@@ -264,4 +263,4 @@ def test_many_optimizers_of_a_kind_are_counted():
     gan = GAN()
     both = [Adam(gan.generator.parameters()), Adam(gan.critic.parameters())]
     said = str(Conversion(both, HRNNOptions(lr=0.5)))
-    assert said.startswith(f"2 x Adam -> HRNN (weights: {DEFAULT_WEIGHTS}, lr: 0.5 x")
+    assert said.startswith(f"2 x Adam -> HRNN (weights: {SMALL_WEIGHTS}, lr: 0.5 x")

@@ -443,10 +443,11 @@ def test_differences_count_by_how_near_the_rivals_are() -> None:
     torch.testing.assert_close(near / near.norm(), plain / plain.norm())  # the same differences, scaled
     assert near.norm() > far.norm()
     assert near.square().mean().sqrt() <= LARGEST_WEIGHTED
-    for unrivalled in (Fixed(STEPS + 1, 1.0), Fixed(STEPS, 1.0, known=False)):
-        other, evolution = differences(unrivalled)
-        torch.testing.assert_close(other, UNRIVALLED * plain)
-        assert not evolution.standing.known
+    other, evolution = differences(Fixed(STEPS, 1.0, known=False))
+    torch.testing.assert_close(other, UNRIVALLED * plain)
+    assert not evolution.standing.known
+    with pytest.raises(ValueError, match=rf"tuned for runs of {STEPS + 1} steps, .* have \[{STEPS}\]: none would ever"):
+        differences(Fixed(STEPS + 1, 1.0))
     assert not differences(Fixed(STEPS, 1.0), cools=False)[1].standing.known
     again = Evolution()
     again.load_state_dict(differences(Fixed(STEPS, 1.0))[1].state_dict())
@@ -467,6 +468,11 @@ def test_spreads_of_ones_own_come_before_the_usual_ones() -> None:
     estimate.surrogate.backward()
     assert rule.rate.drift.grad.any()
     assert not rule.rate.drift_bias.grad.any()
+    nested = {"param_rnn": 0.6, "param_rnn.gate": 0.0}
+    for order in (nested, dict(reversed(nested.items()))):
+        assert Evolution(spreads=order).spread_of("param_rnn.gate_weight") == 0.0  # the longest beginning counts
+    with pytest.raises(ValueError, match=r"spreads names \['rate.drfit'\], with which no meta-parameter begins"):
+        Evolution(spreads={"rate.drfit": 1.0}).check(rule, STEPS)
     for width in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="spreads must be finite and not negative"):
             Evolution(spreads={"rate.drift": width})
@@ -481,7 +487,13 @@ def test_of_large_tasks_there_are_fewer_instances() -> None:
     module = TaskDataModule("quick", most_params=30)
     assert module.state_dict()["most_params"] == 30
     with pytest.raises(ValueError, match="drew its tasks with"):
-        TaskDataModule("quick").load_state_dict({**module.state_dict(), "drawn": 0, "instances": 9})
+        TaskDataModule("quick").load_state_dict(module.state_dict())
+    with pytest.raises(ValueError, match="drew its tasks with"):
+        module.load_state_dict(TaskDataModule("quick").state_dict())
+    before = {key: value for key, value in TaskDataModule("quick").state_dict().items() if key != "most_params"}
+    TaskDataModule("quick").load_state_dict(before)  # of a run from before there was such a bound
+    with pytest.raises(ValueError, match="drew its tasks with"):
+        module.load_state_dict(before)
     with pytest.raises(ValueError, match="most_params must be at least 1"):
         TaskDataModule("quick", most_params=-1)
 

@@ -406,7 +406,7 @@ def test_weights_are_averaged_with_other_bounds(tmp_path: Path, capsys: pytest.C
     assert main(["average", str(out), *paths, *bounds]) == 0
     before = out.read_bytes()
     assert main(["average", str(out), paths[0]]) == 1  # as who forgets to say where to
-    assert "is there already, and it is the file to write: give --overwrite" in capsys.readouterr().err
+    assert "is there already, and it is a file to write: give --overwrite" in capsys.readouterr().err
     assert out.read_bytes() == before
     loaded = load_pretrained(out)
     assert (loaded.config.drift_rise, loaded.card["initial_rate"], loaded.card["seed"]) == (4, 2e-4, 1)

@@ -96,16 +96,36 @@ def test_tuned_rivals_train_the_same_instances_at_their_rates(tmp_path: Path) ->
 
 def test_reports_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    with pytest.raises(ValueError, match=r"There is no report .*: lightning-hrnn evaluate --suite corpus"):
+    with pytest.raises(ValueError, match=r"There is no report .*: `lightning-hrnn evaluate .* --out DIR` leaves one"):
+        ValueError, match=r"There is no report .*: `lightning-hrnn evaluate --suite corpus .* --out DIR`"
+    ):
         TunedRivals(str(path))
-    for text in ("no json", "[]", '{"results": []}', '{"results": [{"task": "gru", "steps": 3}]}'):
+    for text in ("no json", "[]", "{}", "3"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="is no report of an evaluation on a corpus"):
+        with pytest.raises(ValueError, match="is no report of an evaluation"):
+            TunedRivals(str(path))
+    good = row("a", 1, 1)
+    for results, why in (
+        ([], "has no results"),
+        ({}, "has no results"),
+        (["gru"], "Result 0 of .* names no configuration"),
+        ([{"task": "gru", "steps": 3}], "Result 0 of .* names no configuration, as those of a corpus do"),
+        ([good, {**good, "configuration": ["a"]}], "Result 1 of .* names no configuration"),
+        ([{**good, "steps": None}], "has None steps"),
+        *(([{**good, "steps": steps}], f"has {steps} steps") for steps in (0, 1.5)),
+        ([{**good, "baselines": {"adam": {"lr": 1}}}], "has None as the tuned rate of 'rmsprop'"),
+        *(
+            ([row("a", rate, 1)], "as the tuned rate of 'adam'")
+            for rate in (0, -1, math.nan, math.inf, None, "1", True)
+        ),
+    ):
+        path.write_text(json.dumps({"results": results}))
+        with pytest.raises(ValueError, match=why):
             TunedRivals(str(path))
     write_report(path, [row("a", 1, 1), row("b", 1, 1, steps=100)])
     with pytest.raises(ValueError, match=r"runs of \[12, 100\] steps: rivals are tuned for one length"):
         TunedRivals(str(path))
-    for names in (["lion"], []):
+    for names in (["lion"], [], ["adam", "adam"]):
         with pytest.raises(ValueError, match="Rivals are some of"):
             TunedRivals(str(path), names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from copy import deepcopy
@@ -47,7 +48,7 @@ def large(tmp_path: Path) -> Path:
     """Weights that begin at 0.01, and for small models others, which begin at 0.02."""
     torch.manual_seed(0)
     rule, small = HierarchicalRNN(), HierarchicalRNN(RuleConfig(scale_memory=50))
-    small.card = load_pretrained(save_pretrained(small, tmp_path / "tiny.safetensors", {"initial_rate": 0.02})).card
+    small.card = {"initial_rate": 0.02}
     rule.small = SmallModels(BELOW, small)
     return save_pretrained(rule, tmp_path / "mine.safetensors", {"initial_rate": 0.01, "corpus": "quick"})
 
@@ -72,10 +73,10 @@ def test_the_number_of_parameters_chooses(large: Path) -> None:
     assert rule.for_model(BELOW) is rule
     assert rule.small.rule.for_model(1) is rule.small.rule
     small, other = HRNN([tensor(BELOW - 1)], weights=large), HRNN([tensor(3), tensor(BELOW - 3)], weights=large)
-    assert (small.weights_name, other.weights_name) == ("tiny", str(large))
+    assert (small.weights_name, other.weights_name) == ("mine-small", str(large))
     assert (fingerprint(small.rule), fingerprint(other.rule)) == (fingerprint(rule.small.rule), fingerprint(rule))
     assert (first_rates(small), first_rates(other)) == ([pytest.approx(0.02)], [pytest.approx(0.01)] * 2)
-    assert HRNN([tensor(2)], weights=rule).weights_name == "tiny"
+    assert HRNN([tensor(2)], weights=rule).weights_name == "mine-small"
     assert HRNN([tensor(BELOW)], weights=rule).weights_name == "custom"
 
 
@@ -91,7 +92,10 @@ def test_frozen_parameters_and_all_groups_count(large: Path) -> None:
 def test_it_steps_by_the_rule_for_small_models(large: Path) -> None:
     """As if that one had been given; on every step."""
     params = [tensor(4), tensor(2, 3)]
-    chosen, given = HRNN(params, weights=large), HRNN(deepcopy(params), weights=large.with_name("tiny.safetensors"))
+    chosen, given = (
+        HRNN(params, weights=large),
+        HRNN(deepcopy(params), weights=large.with_name("mine-small.safetensors")),
+    )
     chosen.run_length = given.run_length = 5.0
     for step in range(5):
         take_steps(chosen, 1, step)
@@ -107,7 +111,7 @@ def test_a_model_that_grows_goes_on_by_the_other_rule(large: Path, rate: str) ->
     first, second = tensor(4), tensor(BELOW)
     optimizer = HRNN([first], weights=large, **options)
     take_steps(optimizer, 3)
-    assert optimizer.weights_name == "tiny"
+    assert optimizer.weights_name == "mine-small"
     before, state = {key: value.clone() for key, value in optimizer.state[first].items()}, optimizer.state_dict()
     optimizer.add_param_group({"params": [second]})
     assert optimizer.weights_name == str(large)
@@ -118,7 +122,7 @@ def test_a_model_that_grows_goes_on_by_the_other_rule(large: Path, rate: str) ->
     initial = optimizer.rule.param_rnn.initial
     assert torch.equal(after["hidden"], initial[:, None].expand_as(after["hidden"]))
     adapted = HRNN([deepcopy(first)], weights=load_pretrained_alone(large), other_weights="adapt", **options)
-    with pytest.warns(UserWarning, match=r"the weights 'tiny' .* the hidden states start anew"):
+    with pytest.warns(UserWarning, match=r"the weights 'mine-small' .* the hidden states start anew"):
         adapted.load_state_dict(state)
     for key, value in adapted.state[adapted.param_groups[0]["params"][0]].items():
         assert torch.equal(after[key], value), key
@@ -137,11 +141,31 @@ def test_what_grows_before_its_first_step_is_as_if_built_at_once(large: Path) ->
         assert torch.equal(one, other)
 
 
+def test_a_rule_that_is_given_is_copied(large: Path) -> None:
+    rule = load_pretrained(large)
+    optimizer, twin = HRNN([tensor(4)], weights=rule), HRNN([tensor(4)], weights=large)
+    with torch.no_grad():
+        rule.decay_bias.add_(100)
+    for one in (optimizer, twin):
+        one.add_param_group({"params": [tensor(BELOW)]})
+    assert fingerprint(optimizer.rule) == fingerprint(twin.rule)
+
+
+def test_given_rates_stand_after_growing(large: Path) -> None:
+    """Rates that had been put before are put again."""
+    optimizer = HRNN([param := tensor(4)], weights=large, rate="given", lr=1e-2)
+    optimizer._put_rate(param, math.log(1e-2))  # as in a first step that is then skipped
+    optimizer.add_param_group({"params": [tensor(BELOW)]})
+    before = param.detach().clone()
+    take_steps(optimizer, 1)
+    assert (param - before).square().mean().sqrt().item() == pytest.approx(1e-2, rel=1e-4)
+
+
 def test_a_group_that_is_refused_changes_nothing(large: Path) -> None:
     optimizer = HRNN([tensor(4)], weights=large)
     with pytest.raises(ValueError, match="is complex"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(BELOW, dtype=torch.complex64))]})
-    assert optimizer.weights_name == "tiny"
+    assert optimizer.weights_name == "mine-small"
     take_steps(optimizer, 1)
 
 
@@ -154,7 +178,7 @@ def test_saved_states_belong_to_the_rule_in_use(large: Path) -> None:
     take_steps(resumed, 2, 1)
     assert torch.equal(param, resumed.param_groups[0]["params"][0])
     other = HRNN([tensor(4)], weights=load_pretrained_alone(large))
-    with pytest.raises(ValueError, match=r"made with the weights 'tiny' .* and the optimizer has 'custom'"):
+    with pytest.raises(ValueError, match=r"made with the weights 'mine-small' .* and the optimizer has 'custom'"):
         other.load_state_dict(small.state_dict())
 
 
@@ -182,7 +206,7 @@ def test_after_falling_back_a_model_may_grow(large: Path) -> None:
     back.fall_back()
     back.load_state_dict(state)
     take_steps(back, 1)
-    assert (back.fallen_back, back.weights_name) == (False, "tiny")
+    assert (back.fallen_back, back.weights_name) == (False, "mine-small")
 
 
 def edit_small(path: Path, small: object) -> None:
@@ -190,7 +214,7 @@ def edit_small(path: Path, small: object) -> None:
     path.with_suffix(".json").write_text(json.dumps({**card, "small": small}))
 
 
-GOOD = {"below": BELOW, "weights": "tiny", "sha256": "0" * 64}
+GOOD = {"below": BELOW, "weights": "mine-small", "sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
@@ -205,18 +229,18 @@ def test_a_card_whose_small_weights_are_no_such_thing_is_refused(large: Path, sm
 
 
 def test_small_weights_that_are_missing_damaged_or_others_are_refused(large: Path, tmp_path: Path) -> None:
-    beside = tmp_path / "tiny.safetensors"
+    beside = tmp_path / "mine-small.safetensors"
     content = beside.read_bytes()
     beside.write_bytes(content[:-4] + b"\0\0\0\1")
-    with pytest.raises(WeightsError, match=r"tiny\.safetensors is damaged"):
+    with pytest.raises(WeightsError, match=r"mine-small\.safetensors is damaged"):
         load_pretrained(large)
     beside.unlink()
     with pytest.raises(
-        WeightsError, match=r"no weights file .*tiny\.safetensors beside mine.* fewer than 12 parameters: copy it"
+        WeightsError, match=r"no weights file .*mine-small\.safetensors beside mine.* fewer than 12 parameters: copy it"
     ):
         load_pretrained(large)
     save_pretrained(HierarchicalRNN(), beside, {})
-    with pytest.raises(WeightsError, match=r"tiny\.safetensors is another one than the card of mine means"):
+    with pytest.raises(WeightsError, match=r"mine-small\.safetensors is another one than the card of mine means"):
         load_pretrained(large)
     with pytest.raises(WeightsError, match="another one"):
         HRNN([tensor(BELOW)], weights=large)
@@ -242,18 +266,48 @@ def test_weights_for_small_models_name_no_others(large: Path) -> None:
 
 
 def test_average_writes_both(large: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny, out = str(large.with_name("tiny.safetensors")), tmp_path / "new" / "both.safetensors"
-    assert main(["average", str(out), str(large), "--small", tiny, "--small-below", "7"]) == 0
+    small, out = str(large.with_name("mine-small.safetensors")), tmp_path / "new" / "both.safetensors"
+    command = ["average", str(out), str(large)]
+    assert main([*command, "--small", small, "--small-below", "7"]) == 0
     made = load_pretrained(out)
     assert made.small is not None
     assert (made.small.below, made.small.rule.card["initial_rate"]) == (7, 0.02)
+    assert made.small.rule.card["name"] == "both-small"
     assert fingerprint(made) == fingerprint(load_pretrained(large))
-    assert main(["average", str(out), str(large), "--overwrite"]) == 0
+    before = out.read_bytes(), out.with_name("both-small.safetensors").read_bytes()
+    out.unlink()
+    assert main([*command, "--small", small]) == 1  # the file beside it is there still
+    assert "both-small.safetensors is there already" in capsys.readouterr().err
+    assert main([*command, "--small", small, "--overwrite"]) == 0
+    assert (out.read_bytes(), out.with_name("both-small.safetensors").read_bytes()) == before
+    capsys.readouterr()
+    assert main([*command, "--overwrite"]) == 0
     assert load_pretrained(out).small is None  # only what was asked for
-    save_pretrained(HierarchicalRNN(), out.with_name("tiny.safetensors"), {})
-    assert main(["average", str(out), str(large), "--small", tiny, "--overwrite"]) == 1
-    assert "is another file than the weights 'tiny'" in capsys.readouterr().err
-    assert main(["average", str(out), str(large), "--small", "none", "--overwrite"]) == 1
+    assert "It steps models of all sizes" in " ".join(capsys.readouterr().out.split())
+    for wrong, why in (
+        (["--small", "none"], "Unknown weights 'none'"),
+        (["--small", str(large)], "name yet others themselves"),
+        (["--small-below", "7"], "give --small"),
+    ):
+        kept = out.read_bytes()
+        assert main([*command, "--overwrite", *wrong]) == 1
+        assert why in " ".join(capsys.readouterr().err.split())
+        assert out.read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    "config", [RuleConfig(timescales=5), RuleConfig.preset("paper"), RuleConfig.preset("summary")], ids=str
+)
+def test_rules_between_which_no_model_could_grow_are_refused(large: Path, tmp_path: Path, config: RuleConfig) -> None:
+    rule = load_pretrained(large)
+    other = HierarchicalRNN(config)
+    rule.small = SmallModels(BELOW, other)
+    with pytest.raises(WeightsError, match="a model that grows past the bound could not go on"):
+        save_pretrained(rule, tmp_path / "odd" / "odd.safetensors", {})
+    saved = save_pretrained(other, large.with_name("odd.safetensors"), {})
+    edit_small(large, {**GOOD, "weights": "odd", "sha256": load_pretrained(saved).card["sha256"]})
+    with pytest.raises(WeightsError, match="a model that grows past the bound could not go on"):
+        load_pretrained(large)
 
 
 def test_meta_training_goes_on_from_one_rule(large: Path, tmp_path: Path) -> None:

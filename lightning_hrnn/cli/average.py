@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lightning_hrnn.cli.parser import PROGRAM, CommandParser
 from lightning_hrnn.optimizer.hierarchical_rnn import SmallModels
-from lightning_hrnn.optimizer.pretrained import average_weights, load_pretrained, save_pretrained
+from lightning_hrnn.optimizer.pretrained import average_weights, load_pretrained, save_pretrained, small_beside
 
 SMALL_BELOW = 2000  # parameters
 EXAMPLES = f"""\
@@ -50,18 +50,28 @@ def run(arguments: Sequence[str]) -> None:
         default=None,
         help="First learned rate; the last weights' own if null.",
     )
-    add("--small", type=str | None, default=None, help="Weights for small models, to be written beside OUT.")
-    add("--small-below", type=PositiveInt, default=SMALL_BELOW, help="Models of fewer parameters are small.")
+    small_help = "Weights for small models, to be written beside OUT as OUT-small."
+    add("--small", type=str | None, default=None, help=small_help)
+    below_help = f"Models of fewer parameters are small; {SMALL_BELOW} if null."
+    add("--small-below", type=PositiveInt | None, default=None, help=below_help)
     add("--overwrite", action="store_true", help="Write OUT even if it is there already.")
     options = parser.parse_args(list(arguments))
-    if options.out.exists() and not options.overwrite:
-        raise ValueError(f"{options.out} is there already, and it is the file to write: give --overwrite, or another.")
+    for file in (options.out, *([small_beside(options.out)] if options.small else [])):
+        if file.exists() and not options.overwrite:
+            raise ValueError(f"{file} is there already, and it is a file to write: give --overwrite, or another.")
+    if options.small_below is not None and options.small is None:
+        raise ValueError("--small-below says which models are small, and there are no weights for them: give --small.")
     rules = [load_pretrained(name) for name in options.weights]
     rule = average_weights(rules, dict(options.bounds))
     if options.small is not None:
-        rule.small = SmallModels(options.small_below, load_pretrained(options.small))
+        rule.small = SmallModels(options.small_below or SMALL_BELOW, load_pretrained(options.small))
     card = {key: value for key, value in rules[-1].card.items() if key not in ("name", "evaluation")}
     card["averaged"] = [{"name": one.card["name"], "sha256": one.card["sha256"]} for one in rules]
     if options.initial_rate is not None:
         card["initial_rate"] = options.initial_rate
-    Console().print(f"Wrote {save_pretrained(rule, options.out, card)}, the average of {len(rules)}.")
+    console = Console()
+    console.print(f"Wrote {save_pretrained(rule, options.out, card)}, the average of {len(rules)}.")
+    if options.small is None and rules[-1].small is not None:
+        console.print(
+            f"It steps models of all sizes. {options.weights[-1]} has others for small ones: --small takes them."
+        )

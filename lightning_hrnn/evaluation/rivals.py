@@ -16,7 +16,7 @@ from lightning_hrnn.evaluation.baselines import BASELINES, train
 from lightning_hrnn.meta.population import Population, TaskBatch
 from lightning_hrnn.meta.rivals import Rivals
 
-HOW_TO_MAKE = "lightning-hrnn evaluate --suite corpus --steps 300 --draws 12 makes one"
+HOW_TO_MAKE = "`lightning-hrnn evaluate --suite corpus --steps 300 --draws 12 --out DIR` leaves one in DIR/report.json"
 
 
 class TunedRivals(Rivals):
@@ -35,10 +35,10 @@ class TunedRivals(Rivals):
     """
 
     def __init__(self, report: str, names: Sequence[str] = ("adam", "rmsprop")) -> None:
-        if not names or (unknown := [name for name in names if name not in BASELINES]):
-            raise ValueError(f"Rivals are some of {list(BASELINES)}, not {list(names) and unknown}.")
+        if not names or len(set(names)) < len(names) or not set(names) <= BASELINES.keys():
+            raise ValueError(f"Rivals are some of {list(BASELINES)}, each once, not {list(names)}.")
         self.names = tuple(names)
-        records = _records(Path(report))
+        records = _records(Path(report), names)
         lengths = {record["steps"] for record in records}
         if len(lengths) != 1:
             raise ValueError(f"{report} has runs of {sorted(lengths)} steps: rivals are tuned for one length.")
@@ -70,16 +70,28 @@ class TunedRivals(Rivals):
         return found
 
 
-def _records(report: Path) -> list[dict[str, Any]]:
-    """Return the records of a report that name their configuration."""
+def _records(report: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the records of a report, all of which name their configuration and tuned rates."""
     try:
         records = json.loads(report.read_text(encoding="utf-8"))["results"]
-        if not records or not all("configuration" in record for record in records):
-            raise KeyError("configuration")
     except FileNotFoundError:
         raise ValueError(f"There is no report {report}: {HOW_TO_MAKE}.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{report} is no report of an evaluation on a corpus ({type(error).__name__}: {error}): {HOW_TO_MAKE}."
-        ) from error
+        raise ValueError(f"{report} is no report of an evaluation ({type(error).__name__}: {error}).") from error
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{report} has no results: {HOW_TO_MAKE}.")
+    for index, record in enumerate(records):
+        if not isinstance(record, dict) or not isinstance(record.get("configuration"), str):
+            raise ValueError(
+                f"Result {index} of {report} names no configuration, as those of a corpus do: {HOW_TO_MAKE}."
+            )
+        if not isinstance(steps := record.get("steps"), int) or steps < 1:
+            raise ValueError(f"Result {index} of {report} has {steps!r} steps: the file is damaged.")
+        for name in names:
+            if not _is_rate(rate := record.get("baselines", {}).get(name, {}).get("lr")):
+                raise ValueError(f"Result {index} of {report} has {rate!r} as the tuned rate of {name!r}.")
     return records
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf

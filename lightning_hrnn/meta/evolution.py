@@ -74,8 +74,9 @@ class Evolution:
             batch. Else those of tasks whose losses vary most own the estimate, with their noise.
         param_level: whether the param level's meta-parameters evolve too, all but its initial state: timescales and
             directions. Takes the compiled kernels, whatever the engine, and runs on the CPU.
-        spreads: how wide meta-parameters are spread, and how fast they move, beside others, by the beginnings of their
-            names: in place of `SPREADS`; 0 leaves them as they are. Fewer that move are known better.
+        spreads: how wide meta-parameters are spread beside others, and with `param_level` or `explore` how fast they
+            move, by the beginnings of their names, the longest of which counts: before `SPREADS`; 0 leaves them as they
+            are. Fewer that move are known better.
         rivals: optimizers to end lower than. Where a run is as long as theirs and cools down as they do, differences
             count by how much they change who ends lower, see `Standing`.
         explore: standard deviation of nudges of log rates; above 0, what moves learned rates (their drift and all that
@@ -110,21 +111,33 @@ class Evolution:
             raise ValueError(f"shares of the window must be above 0 and at most 1, not {list(shares)}.")
         self.sigma, self.shares, self.clip, self.seed = sigma, tuple(shares), clip, seed
         self.param_level, self.explore, self.balance = param_level, explore, balance
-        own = dict(spreads or {})
-        if wrong := {name: width for name, width in own.items() if not 0 <= width < math.inf}:
+        self.own_spreads = dict(spreads or {})
+        if wrong := {name: width for name, width in self.own_spreads.items() if not 0 <= float(width) < math.inf}:
             raise ValueError(f"spreads must be finite and not negative, not {wrong}.")
-        self.widths = own | {name: width for name, width in SPREADS.items() if name not in own}
         self.rivals, self.standing = rivals, Standing()
 
-    def check(self, rule: HierarchicalRNN) -> None:
-        """Refuse a rule that it cannot move.
+    def check(self, rule: HierarchicalRNN, steps: int) -> None:
+        """Refuse a rule that it cannot move, or rivals that it never meets.
+
+        Args:
+            rule: to be moved.
+            steps: of a window.
 
         Raises:
             ValueError: its rates are not bounded; or its param level is to evolve, and the compiled kernels do not know
-                it or cannot be had.
+                it or cannot be had; or `spreads` names what it has not; or no run is as long as those of the rivals.
         """
         if not isinstance(rule.rate, BoundedRate):
             raise ValueError("Evolution moves bounded rates: this rule's rates are 'smoothed'.")
+        names = [name for name, _ in rule.named_parameters()]
+        if unknown := [start for start in self.own_spreads if not any(name.startswith(start) for name in names)]:
+            raise ValueError(f"spreads names {unknown}, with which no meta-parameter begins: they are {names}.")
+        lengths = sorted({self._length(steps, share) for share in self.shares})
+        if self.rivals is not None and self.rivals.steps not in lengths:
+            raise ValueError(
+                f"The rivals were tuned for runs of {self.rivals.steps} steps, and those of shares {list(self.shares)} "
+                f"of a window of {steps} have {lengths}: none would ever meet them."
+            )
         if not self.param_level:
             return
         reason = cpp.why_unavailable() or cpp.why_unsupported(rule)
@@ -134,8 +147,8 @@ class Evolution:
     @torch.no_grad()
     def __call__(self, rule: HierarchicalRNN, pool: TaskPool, window: Window) -> Estimate:
         """Run every task of the pool from its start to its end, both ways."""
-        self.check(rule)
-        length = max(1, round(window.steps * self.shares[window.meta_step % len(self.shares)]))
+        self.check(rule, window.steps)
+        length = self._length(window.steps, self.shares[window.meta_step % len(self.shares)])
         places = [replace(place, tasks=place.tasks.twice(), age=0, life=length) for place in pool]
         population = Population([place.tasks for place in places])
         layout = population.layout
@@ -177,6 +190,11 @@ class Evolution:
         if exploration is not None:
             total = exploration.surrogate(rule, differences, total)
         return Estimate(total, [score[None] for score in scores])
+
+    @staticmethod
+    def _length(steps: int, share: float) -> int:
+        """Return the number of steps of a run that takes a share of a window."""
+        return max(1, round(steps * share))
 
     def _difference(self, score: Tensor, weight: float | None = None) -> Tensor:  # [2 B] -> [B]
         """Compare the meta-losses of the pairs of a batch, which counts as much as its rivals say if it has any."""
@@ -225,8 +243,11 @@ class Evolution:
         return torch.cat(parts).to(rule.evolving[0])
 
     def spread_of(self, name: str) -> float:
-        """Return how wide a meta-parameter is spread beside others, by its name."""
-        return next((width for start, width in self.widths.items() if name.startswith(start)), 1.0)
+        """Return how wide a meta-parameter is spread beside others, by the longest known beginning of its name."""
+        for spreads in (self.own_spreads, SPREADS):
+            if known := [start for start in spreads if name.startswith(start)]:
+                return float(spreads[max(known, key=len)])
+        return 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return how the rule stands beside its rivals; no run outlasts its window."""

@@ -84,9 +84,8 @@ class HRNNWithFallback(HRNN):
             adams.update(self._settings(mine))
         self._adamw.step()
 
-    def _choose_rule(self) -> None:
-        if self._adamw is None:
-            super()._choose_rule()
+    def _choose_rule(self) -> bool:
+        return self._adamw is None and super()._choose_rule()
 
     def _begin_group(self, group: dict[str, Any]) -> None:
         if self._adamw is None:
@@ -140,6 +139,7 @@ class HRNNWithFallback(HRNN):
             return
         self._adamw = None
         self.state.clear()
-        self._choose_rule()
-        for group in self.param_groups:
-            self._begin_group(group)
+        self._given.clear()
+        if not self._choose_rule():
+            for group in self.param_groups:
+                self._begin_group(group)

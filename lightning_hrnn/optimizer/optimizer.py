@@ -121,7 +121,7 @@ class HRNN(Optimizer):
             raise ValueError(f"rate must be one of {choices}, not {rate!r}.")
         if rate == "given" and initial_rate is not None:
             raise ValueError("With rate='given' there is no learned rate to begin: drop initial_rate, and set lr.")
-        self._weights = weights if isinstance(weights, HierarchicalRNN) else load_pretrained(weights)
+        self._weights = deepcopy(weights) if isinstance(weights, HierarchicalRNN) else load_pretrained(weights)
         self._weights_name = "custom" if isinstance(weights, HierarchicalRNN) else str(weights)
         self._rate, self._given = rate, dict[Tensor, float]()  # the second: log rates as put, with `rate="given"`
         self._kernel_name, self._state_dtype = kernel, state_dtype
@@ -176,22 +176,26 @@ class HRNN(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._choose_rule()
-        self._begin_group(group)
+        if not self._choose_rule():
+            self._begin_group(group)
 
-    def _choose_rule(self) -> None:
-        """Take the rule for a model of this size; hidden states of another begin anew, as `adapt_state` has it."""
+    def _choose_rule(self) -> bool:
+        """Take the rule for a model of this size; tell whether it is another one, by which all groups have then begun.
+
+        Hidden states of the other rule begin anew, as `adapt_state` has it.
+        """
         params = sum(param.numel() for group in self.param_groups for param in group["params"])
         if (rule := self._weights.for_model(params)) is self._used:
-            return
+            return False
         before = dict(self.state)
         self._use(rule)
         self.state.clear()
-        for group in self.param_groups[:-1]:
+        for group in self.param_groups:
             self._begin_group(group)
         for param, values in before.items():
             if values["age"] > 0:
                 self.state[param] = carried(values, self.state[param])
+        return True
 
     def _use(self, rule: HierarchicalRNN) -> None:
         """Step by a rule from now on."""
@@ -199,6 +203,7 @@ class HRNN(Optimizer):
         self._rules = {torch.device("cpu"): _frozen(rule if self._rate == "learned" else rule.without_rate())}
         self._kernels: dict[str, StepKernel] = {}
         self._fingerprint, self._first_rate = fingerprint(rule), first_rate(rule)
+        self._given.clear()
 
     def _begin_group(self, group: dict[str, Any]) -> None:
         """Give the parameters of a group their state."""
@@ -419,7 +424,7 @@ class HRNN(Optimizer):
     @property
     def weights_name(self) -> str:
         """Name the weights in use: for a small model those that the given weights name for it."""
-        return self._weights_name if self._used is self._weights else str(self._used.card["name"])
+        return self._weights_name if self._used is self._weights else str(self._used.card.get("name", "custom"))
 
     @property
     def rule(self) -> HierarchicalRNN:
@@ -452,6 +457,7 @@ class HRNN(Optimizer):
         Raises:
             ValueError: the state is another optimizer's, or belongs to other weights, or does not fit.
         """
+        self._choose_rule()  # Lightning's finetuning, where it resumes, has put its groups here without adding them
         params = [param for group in self.param_groups for param in group["params"]]
         fresh = {param: self.state[param] for param in params}
         saved: dict[str, Any] = {}

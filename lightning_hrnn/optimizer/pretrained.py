@@ -80,7 +80,9 @@ def load_pretrained(weights: str | Path = DEFAULT_WEIGHTS) -> HierarchicalRNN:
         raise WeightsError(f"{path} holds values that are not finite. Export it again from a sound checkpoint.")
     rule.card = card
     if "small" in card:
-        rule.small = SmallModels(card["small"]["below"], _load_small(path, card["small"]))
+        small = _load_small(path, card["small"])
+        _check_pair(rule, small)
+        rule.small = SmallModels(card["small"]["below"], small)
     return rule.eval()
 
 
@@ -99,6 +101,18 @@ def _load_small(path: Path, named: dict[str, Any]) -> HierarchicalRNN:
     if "small" in card:
         raise WeightsError(f"{beside} is for small models and names yet others itself: take 'small' out of its card.")
     return load_pretrained(beside)
+
+
+def _check_pair(rule: HierarchicalRNN, small: HierarchicalRNN) -> None:
+    """Refuse rules between which no model can grow: what their states keep of gradients and rates must be alike."""
+    if small.small is not None:
+        raise WeightsError("The weights for small models name yet others themselves: take those alone.")
+    for field in ("timescales", "rate"):
+        if (one := getattr(rule.config, field)) != (other := getattr(small.config, field)):
+            raise WeightsError(
+                f"The weights for small models have {field} {other!r}, those for larger ones {one!r}: a model that "
+                "grows past the bound could not go on."
+            )
 
 
 def read_card(weights: str | Path = DEFAULT_WEIGHTS) -> dict[str, Any]:
@@ -180,7 +194,7 @@ def horizon(card: dict[str, Any]) -> float:
 def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any]) -> Path:
     """Write a rule and its card, completing the card with name, configuration and checksum.
 
-    The rule for small models that it may have is written beside it.
+    The rule for small models that it may have is written beside it, as `small_beside` says.
 
     Args:
         rule: what to save.
@@ -191,7 +205,8 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
         The path of the tensors' file.
 
     Raises:
-        ValueError: the path has another suffix, or another file has the place of the rule for small models.
+        ValueError: the path has another suffix.
+        WeightsError: a model could not grow from the rule for small models to this one.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -209,7 +224,10 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
     }
     full.pop("small", None)  # of the weights that it was made from
     if rule.small is not None:
-        full["small"] = {"below": rule.small.below, **_save_beside(path, rule.small.rule)}
+        _check_pair(rule, rule.small.rule)
+        own = {key: value for key, value in rule.small.rule.card.items() if key != "name"}
+        beside = save_pretrained(rule.small.rule, small_beside(path), own)
+        full["small"] = {"below": rule.small.below, "weights": beside.stem, "sha256": read_card(beside)["sha256"]}
     for file, data in ((path, content), (path.with_suffix(".json"), (json.dumps(full, indent=2) + "\n").encode())):
         part = file.with_suffix(file.suffix + ".part")
         part.write_bytes(data)
@@ -217,15 +235,14 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
     return path
 
 
-def _save_beside(path: Path, small: HierarchicalRNN) -> dict[str, str]:
-    """Write loaded weights for small models beside those at `path`, unless they are there; return how to name them."""
-    name, sha256 = small.card["name"], small.card["sha256"]
-    beside = path.with_name(f"{name}.safetensors")
-    if not beside.exists():
-        save_pretrained(small, beside, small.card)
-    if beside == path or read_card(beside)["sha256"] != sha256:
-        raise ValueError(f"{beside} is another file than the weights {name!r}: save these elsewhere.")
-    return {"weights": name, "sha256": sha256}
+def small_beside(path: Path) -> Path:
+    """Return where the weights for small models are written that belong to those at a path.
+
+    Example:
+        >>> small_beside(Path("runs/mine.safetensors")).name
+        'mine-small.safetensors'
+    """
+    return path.with_name(f"{path.stem}-small{path.suffix}")
 
 
 def average_weights(rules: Sequence[HierarchicalRNN], changes: dict[str, Any] | None = None) -> HierarchicalRNN:
