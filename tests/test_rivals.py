@@ -97,8 +97,6 @@ def test_tuned_rivals_train_the_same_instances_at_their_rates(tmp_path: Path) ->
 def test_reports_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     with pytest.raises(ValueError, match=r"There is no report .*: `lightning-hrnn evaluate .* --out DIR` leaves one"):
-        ValueError, match=r"There is no report .*: `lightning-hrnn evaluate --suite corpus .* --out DIR`"
-    ):
         TunedRivals(str(path))
     for text in ("no json", "[]", "{}", "3"):
         path.write_text(text)
