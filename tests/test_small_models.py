@@ -346,3 +346,13 @@ def test_shipped_weights_descend_on_both_sides_of_the_size() -> None:
             loss.backward()
             optimizer.step()
         assert losses[-1] < 0.01 * losses[0]
+
+
+@pytest.mark.parametrize("suite", ["nets", "vision"])
+def test_networks_of_the_suites_are_no_small_models(suite: str) -> None:
+    """So what was measured there with `hrnn-v10` is true of `hrnn-v11`."""
+    rule, setting = load_pretrained("hrnn-v11"), Setting(suite, 10)
+    assert fingerprint(rule) == fingerprint(load_pretrained("hrnn-v10"))
+    for task in setting.families():
+        if not task.startswith(("validation", "fashion")):  # Fashion-MNIST may not be here
+            assert rule.for_model(setting.draw(task, "report", 1).size) is rule, task
