@@ -39,6 +39,7 @@ from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import build
 from lightning_hrnn.optimizer.kernels.cpp import packed, param_level_parts
 from lightning_hrnn.optimizer.pretrained import save_pretrained
+from lightning_hrnn.tasks.base import describe
 from lightning_hrnn.tasks.registry import get_family
 
 STEPS = 12
@@ -437,7 +438,7 @@ def test_differences_count_by_how_near_the_rivals_are() -> None:
     plain, _ = differences(None)
     ends = make_pool(rule, 8, places=1).places[0].initial_loss.mean()
     near, evolution = differences(Fixed(STEPS, float(ends)))
-    assert [*evolution.standing.known] == [repr(make_pool(rule, 1).places[0].tasks.family)]
+    assert [*evolution.standing.known] == [describe(make_pool(rule, 1).places[0].tasks.family)]
     far, _ = differences(Fixed(STEPS, float(ends) * 1e9))
     torch.testing.assert_close(far, UNRIVALLED * plain)  # nothing is given up
     torch.testing.assert_close(near / near.norm(), plain / plain.norm())  # the same differences, scaled

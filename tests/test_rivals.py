@@ -18,8 +18,10 @@ from lightning_hrnn.evaluation.setting import Setting
 from lightning_hrnn.evaluation.verdict import judge
 from lightning_hrnn.meta.population import Population, TaskBatch
 from lightning_hrnn.meta.rivals import LARGEST_GAP, LEVEL_WITH_FLOOR, MEMORY, SEEDS, SMALLEST_ERROR, Standing
+from lightning_hrnn.tasks.base import describe
 from lightning_hrnn.tasks.functions import Quadratic
 from lightning_hrnn.tasks.registry import get_family
+from lightning_hrnn.tasks.released import RELEASED
 
 FLOOR = math.log(1e-12)
 
@@ -79,7 +81,7 @@ def row(configuration: str, adam: float, rmsprop: float, steps: int = 12) -> dic
 
 def test_tuned_rivals_train_the_same_instances_at_their_rates(tmp_path: Path) -> None:
     known, unknown, other = Quadratic(3), Quadratic(4), Quadratic(5)
-    rows = [row(repr(known), 1e-1, 1e-2), row(repr(known), 1e-3, 1e-2), row(repr(other), 1e-2, 1e-1)]
+    rows = [row(describe(known), 1e-1, 1e-2), row(describe(known), 1e-3, 1e-2), row(describe(other), 1e-2, 1e-1)]
     rivals = TunedRivals(write_report(tmp_path / "report.json", rows))
     assert rivals.steps == 12
     batches = [TaskBatch.draw(family, count, 7) for family, count in ((other, 2), (unknown, 3), (known, 4))]
@@ -133,7 +135,10 @@ def test_records_of_a_corpus_name_their_configuration() -> None:
     outcome = Outcome(0.1, [1.0], [0.5], [1], [[0.5]], 1.0)
     names = ("hrnn", "hrnn_anytime", "default_adam", *BASELINES)
     record = judge(Setting("corpus", 12), "quadratic/1", dict.fromkeys(names, outcome))
-    drawn = {repr(get_family("quadratic", random.Random(seed))) for seed in range(40)}
+    drawn = {describe(get_family("quadratic", random.Random(seed))) for seed in range(40)}
     assert record["configuration"] in drawn
     assert len(drawn) == 4
+    every = [describe(family) for released in RELEASED.values() for family in released.families]
+    assert len(set(every)) == len(every)
+    assert not [words for words in every if "0x" in words]  # which is another in the next process
     assert "configuration" not in judge(Setting("nets", 12), "gru", dict.fromkeys(names, outcome))

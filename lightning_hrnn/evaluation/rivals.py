@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_hrnn.evaluation.baselines import BASELINES, train
 from lightning_hrnn.meta.population import Population, TaskBatch
 from lightning_hrnn.meta.rivals import Rivals
+from lightning_hrnn.tasks.base import describe
 
 HOW_TO_MAKE = "`lightning-hrnn evaluate --suite corpus --steps 300 --draws 12 --out DIR` leaves one in DIR/report.json"
 
@@ -54,13 +55,13 @@ class TunedRivals(Rivals):
     @torch.no_grad()
     def losses(self, batches: Sequence[TaskBatch], scored: Collection[int]) -> list[dict[str, Tensor]]:
         """Train the instances whose configuration the report has, under the schedule for which rates were tuned."""
-        known = {index: batch for index, batch in enumerate(batches) if repr(batch.family) in self.rates}
+        known = {index: batch for index, batch in enumerate(batches) if describe(batch.family) in self.rates}
         found: list[dict[str, Tensor]] = [{} for _ in batches]
         if not known:
             return found
         population = Population(list(known.values()))
         counts = torch.tensor([batch.count for batch in known.values()])
-        tuned = torch.tensor([self.rates[repr(batch.family)] for batch in known.values()])  # [batches, rivals]
+        tuned = torch.tensor([self.rates[describe(batch.family)] for batch in known.values()])  # [batches, rivals]
         for name, lr in zip(self.names, tuned.unbind(1), strict=True):
             rates = lr.repeat_interleave(counts).to(population.layout.params_in)
             rule, schedule = BASELINES[name].rule, BASELINES[name].schedule

@@ -21,6 +21,7 @@ from lightning_hrnn.evaluation.statistics import (
     mean_log,
     speedup,
 )
+from lightning_hrnn.tasks.base import describe
 
 CLOSE = 1.05  # "within 5 %"
 
@@ -91,7 +92,7 @@ def judge(setting: Setting, task: str, outcomes: Mapping[str, Outcome], looked_a
 
 def _configuration(setting: Setting, task: str) -> Record:
     """Name what was drawn from a family of a corpus; the tasks of other suites are known by their names."""
-    return {"configuration": repr(setting.families()[task]())} if setting.suite == "corpus" else {}
+    return {"configuration": describe(setting.families()[task]())} if setting.suite == "corpus" else {}
 
 
 def summarise(records: Sequence[Record]) -> Record:

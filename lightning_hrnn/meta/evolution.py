@@ -32,6 +32,7 @@ from lightning_hrnn.meta.truncation import TaskPool, schedule_of
 from lightning_hrnn.meta.unroll import begin, unroll
 from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import cpp
+from lightning_hrnn.tasks.base import describe
 
 LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken
 
@@ -216,7 +217,7 @@ class Evolution:
         floor = float(window.loss(torch.zeros(1), torch.ones(1)))
         return [
             self.standing.weight(
-                repr(place.tasks.family),
+                describe(place.tasks.family),
                 score.view(2, -1).mean(0)[:COMPARED],
                 {name: window.loss(losses, place.initial_loss[:COMPARED]).mean(0) for name, losses in rivals.items()},
                 floor,

@@ -9,6 +9,7 @@ Shapes: B instances.
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from typing import TypeVar
 
@@ -67,6 +68,17 @@ class TaskFamily(ABC):
 
 
 Family = TypeVar("Family", bound=TaskFamily)
+
+
+def describe(family: TaskFamily) -> str:
+    """Say what a family is made of, in the same words in every process.
+
+    Example:
+        >>> from lightning_hrnn.tasks.functions import Quadratic
+        >>> describe(Quadratic(20))
+        'Quadratic(dim=20)'
+    """
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(family))  # of functions, where they lie in memory
 
 
 def named(name: str, family: Family) -> Family:
