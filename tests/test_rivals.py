@@ -113,6 +113,7 @@ def test_reports_that_are_none_are_refused(tmp_path: Path) -> None:
         ([good, {**good, "configuration": ["a"]}], "Result 1 of .* names no configuration"),
         ([{**good, "steps": None}], "has None steps"),
         *(([{**good, "steps": steps}], f"has {steps} steps") for steps in (0, 1.5)),
+        *(([{**good, "baselines": bad}], "has None as the tuned rate of 'adam'") for bad in (None, [], {"adam": 1})),
         ([{**good, "baselines": {"adam": {"lr": 1}}}], "has None as the tuned rate of 'rmsprop'"),
         *(
             ([row("a", rate, 1)], "as the tuned rate of 'adam'")

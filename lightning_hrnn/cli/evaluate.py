@@ -66,14 +66,14 @@ def run(arguments: Sequence[str]) -> None:
         setting.draw(task, "report", 1)  # says now if a data set is missing
     ready_folder(ready_folder(options.out) / "cache")
     outcomes = compare(setting, tasks, rule, options, console)
-    cards = [rule.card, *([rule.small.rule.card] if rule.small else [])]
-    looked_at = [task for card in cards for task in card.get("looked_at", {}).get(options.suite, [])]
+    rules = [rule, *([rule.small.rule] if rule.small else [])]
+    looked_at = [task for one in rules for task in one.card.get("looked_at", {}).get(options.suite, [])]
     records = [judge(setting, task, outcomes[task], looked_at) for task in tasks]
     report = EvaluationReport.of(
         records,
         title=f"{options.weights} on the suite {options.suite}, {options.steps:,} steps",
         command=shlex.join([PROGRAM, "evaluate", *arguments]),
-        settings=settings(options, cards),
+        settings=settings(options, rule),
         figures={
             "curves.png": "Training loss over steps: median over seeds, band from lowest to highest",
             "win_rates.png": "Share of tasks on which the learned optimizer ends lower",
@@ -169,24 +169,25 @@ def _version(rule: HierarchicalRNN) -> str:
     return f"{own}; below {rule.small.below}: {_version(rule.small.rule)}" if rule.small else own
 
 
-def settings(options: Namespace, cards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the numbers depend on; the second card, if there is one, is that of the weights for small models."""
+def settings(options: Namespace, rule: HierarchicalRNN) -> dict[str, Any]:
+    """Return what the numbers depend on."""
     facts = {name: options[name] for name in ("suite", "steps", "seeds", "tuning_seeds", "seed", "device", "processes")}
     if options.suite == "corpus":
         facts |= {"corpus": options.corpus, "draws": options.draws}
+    small = {}
+    if rule.small is not None:
+        card = rule.small.rule.card
+        used = f"the weights {card.get('name')}, which saw the corpus {card.get('corpus')}"
+        small[f"below {rule.small.below:,} parameters"] = used
     return {
         **facts,
         "rates": f"{len(RATES)}, from {RATES[0]:g} to {RATES[-1]:g}, half a decade apart",
         "weights": options.weights,
-        "corpus the weights saw": cards[0].get("corpus"),
-        "longest runs the weights saw": cards[0].get("horizon"),
-        **{f"below {cards[0]['small']['below']:,} parameters": _small_weights(card) for card in cards[1:]},
+        "corpus the weights saw": rule.card.get("corpus"),
+        "longest runs the weights saw": rule.card.get("horizon"),
+        **small,
         "quick": options.quick,
     }
-
-
-def _small_weights(card: dict[str, Any]) -> str:
-    return f"the weights {card['name']}, which saw the corpus {card.get('corpus')}"
 
 
 def draw(report: EvaluationReport, outcomes: dict[str, dict[str, Outcome]], folder: Path) -> None:

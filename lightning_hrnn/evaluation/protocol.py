@@ -141,15 +141,16 @@ class Trial:
     def _runner(self, learned: Learned | None) -> Callable[..., Tensor]:
         """Return what trains a population at given rates: see `baselines.train` and `given.train_given`."""
         if self.optimizer == GIVEN and learned is not None:
-            rule = self._rule(learned).without_rate()
-            return partial(train_given, rule, engine=learned.engine)
+            return lambda population, **how: train_given(
+                self._rule(learned, population).without_rate(), population, engine=learned.engine, **how
+            )
         baseline = (BASELINES | CONSTANT)[self.optimizer]
         return partial(train, baseline.rule, schedule=baseline.schedule)
 
-    def _rule(self, learned: Learned) -> HierarchicalRNN:
-        """Return the rule for a model of the task's size."""
-        one = self.setting.draw(self.task, "report", 1)
-        return learned.rule.for_model(one.size).to(self.setting.device)
+    def _rule(self, learned: Learned, population: Population) -> HierarchicalRNN:
+        """Return the rule for models of the size that the instances of the task have."""
+        (tasks,) = population.batches
+        return learned.rule.for_model(tasks.size // tasks.count).to(self.setting.device)
 
     def _tune(self, runner: Callable[..., Tensor], tick: Tick) -> list[float]:
         """Return the mean log final loss at each rate of the grid, infinite if a run failed. [R]"""
@@ -193,8 +194,9 @@ class Trial:
 
     @torch.no_grad()
     def _train_learned(self, learned: Learned, tick: Tick) -> Outcome:
-        setting, rule = self.setting, self._rule(learned)
+        setting = self.setting
         population = Population([setting.draw(self.task, "report", setting.seeds)])
+        rule = self._rule(learned, population)
         initial = population.losses(population.initial_params())
         progress = begin(rule, population, math.log(first_rate(rule)), self._known_length)
         began, before, losses, rates = time.perf_counter(), 0, [], []

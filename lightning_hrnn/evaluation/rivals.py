@@ -89,9 +89,14 @@ def _records(report: Path, names: Sequence[str]) -> list[dict[str, Any]]:
         if not isinstance(steps := record.get("steps"), int) or steps < 1:
             raise ValueError(f"Result {index} of {report} has {steps!r} steps: the file is damaged.")
         for name in names:
-            if not _is_rate(rate := record.get("baselines", {}).get(name, {}).get("lr")):
+            if not _is_rate(rate := _entry(_entry(record.get("baselines"), name), "lr")):
                 raise ValueError(f"Result {index} of {report} has {rate!r} as the tuned rate of {name!r}.")
     return records
+
+
+def _entry(value: Any, key: str) -> Any:
+    """Return an entry of a mapping; None where there is none."""
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def _is_rate(value: Any) -> bool:

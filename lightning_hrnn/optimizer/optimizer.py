@@ -127,7 +127,7 @@ class HRNN(Optimizer):
         self._kernel_name, self._state_dtype = kernel, state_dtype
         self._other_weights = other_weights
         check_kernel(kernel)  # now, not at the first step
-        self._use(self._weights)
+        self._used: HierarchicalRNN | None = None  # chosen once all groups are known
         self._ranks = Ranks()
         self._true_weights: dict[Tensor, Tensor] = {}  # this rank's shards
         self._skipped = self._taken = 0
@@ -137,6 +137,7 @@ class HRNN(Optimizer):
         if lr is None:
             lr = 1.0 if rate == "learned" else math.nan  # which check_group refuses
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "initial_rate": initial_rate})
+        self._choose_rule()
 
     @property
     def cooldown(self) -> float:
@@ -176,7 +177,7 @@ class HRNN(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if not self._choose_rule():
+        if self._used is not None and not self._choose_rule():
             self._begin_group(group)
 
     def _choose_rule(self) -> bool:
@@ -424,7 +425,9 @@ class HRNN(Optimizer):
     @property
     def weights_name(self) -> str:
         """Name the weights in use: for a small model those that the given weights name for it."""
-        return self._weights_name if self._used is self._weights else str(self._used.card.get("name", "custom"))
+        if self._used is None or self._used is self._weights:
+            return self._weights_name
+        return str(self._used.card.get("name", "custom"))
 
     @property
     def rule(self) -> HierarchicalRNN:
