@@ -124,6 +124,38 @@ def test_a_state_from_before_the_fall_undoes_it(fallen):
     assert same_state(optimizer.state_dict(), before.state_dict())
 
 
+@pytest.mark.parametrize("foreign", ["another optimizer's", "other weights'"])
+def test_a_refused_state_leaves_the_fall_as_it_was(fallen, foreign):
+    module, optimizer, plain, adamw = fallen
+    other = Regression()
+    theirs = AdamW(groups(other)) if foreign.startswith("another") else HRNN(groups(other), attentive_rule())
+    train(theirs, other, Batches(1))
+    with pytest.raises(ValueError, match="another optimizer's|made with the weights"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert optimizer.fallen_back
+    for opt, net in ((optimizer, module), (adamw, plain)):
+        train(opt, net, Batches(2, seed=3))
+    assert same_state(weights(module), weights(plain))
+
+
+def test_a_refused_state_of_a_fall_leaves_the_rule_as_it_was(fallen):
+    _, optimizer, *_ = fallen
+    module, twin = Regression(), Regression()
+    stepping, other = HRNNWithFallback(groups(module), fallback_lr=0.3), HRNNWithFallback(groups(twin))
+    for opt, net in ((stepping, module), (other, twin)):
+        train(opt, net, Batches(2))
+    saved = optimizer.state_dict()
+    saved["param_groups"].pop()
+    with pytest.raises(ValueError, match="parameter group"):
+        stepping.load_state_dict(saved)
+    assert not stepping.fallen_back
+    assert stepping.fallback_lr == 0.3
+    for opt, net in ((stepping, module), (other, twin)):
+        train(opt, net, Batches(2, seed=3))
+    assert same_state(weights(module), weights(twin))
+    assert same_state(stepping.state_dict(), other.state_dict())
+
+
 def test_plain_hrnn_refuses_the_state_with_the_mend(fallen):
     _, optimizer, *_ = fallen
     with pytest.raises(ValueError, match=r"state is AdamW's, to which HRNN had fallen back.*HRNNWithFallback.*'adamw'"):

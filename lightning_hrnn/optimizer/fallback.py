@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -115,12 +116,19 @@ class HRNNWithFallback(HRNN):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take on a state, of the learned rule or of AdamW.
+        """Take on a state, of the learned rule or of AdamW; one that is refused changes nothing.
 
         Raises:
             ValueError: as `HRNN`.
         """
-        note = note_of(state_dict)
+        before = self._adamw, self.state, self.fallback_lr
+        try:
+            self._load(state_dict, note_of(state_dict))
+        except BaseException:
+            self._adamw, self.state, self.fallback_lr = before
+            raise
+
+    def _load(self, state_dict: dict[str, Any], note: dict[str, Any]) -> None:
         if FALLBACK_LR not in note:
             self._return_to_the_rule()
             super().load_state_dict(state_dict)
@@ -137,8 +145,7 @@ class HRNNWithFallback(HRNN):
     def _return_to_the_rule(self) -> None:
         if self._adamw is None:
             return
-        self._adamw = None
-        self.state.clear()
+        self._adamw, self.state = None, defaultdict(dict)
         self._given.clear()
         if not self._choose_rule():
             for group in self.param_groups:
