@@ -130,7 +130,7 @@ def test_a_refused_state_leaves_the_fall_as_it_was(fallen, foreign):
     other = Regression()
     theirs = AdamW(groups(other)) if foreign.startswith("another") else HRNN(groups(other), attentive_rule())
     train(theirs, other, Batches(1))
-    with pytest.raises(ValueError, match="another optimizer's|made with the weights"):
+    with pytest.raises(ValueError, match=r"another optimizer's|made with the weights"):
         optimizer.load_state_dict(theirs.state_dict())
     assert optimizer.fallen_back
     for opt, net in ((optimizer, module), (adamw, plain)):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.features import Layout
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, RuleState
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import load_pretrained
+from lightning_hrnn.optimizer.rule_state import RuleState
 
 FIRST_RATE = 1e-2
 SHAPES = [(), (1,), (7,), (0,), (3, 0), (5, 4), (2, 3, 2, 3), (4, 1, 1, 6)]

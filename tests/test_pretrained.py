@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_hrnn.cli import main
 from lightning_hrnn.optimizer.config import RuleConfig
-from lightning_hrnn.optimizer.hierarchical_rnn import ANNEALING, HierarchicalRNN
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import (
     DEFAULT_WEIGHTS,
@@ -31,6 +31,7 @@ from lightning_hrnn.optimizer.pretrained import (
     reconfigured,
     save_pretrained,
 )
+from lightning_hrnn.optimizer.rates import ANNEALING
 
 
 @pytest.fixture

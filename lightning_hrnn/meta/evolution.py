@@ -30,8 +30,9 @@ from lightning_hrnn.meta.population import Population
 from lightning_hrnn.meta.rivals import Rivals, Standing
 from lightning_hrnn.meta.truncation import TaskPool, schedule_of
 from lightning_hrnn.meta.unroll import begin, unroll
-from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import cpp
+from lightning_hrnn.optimizer.rates import BoundedRate
 from lightning_hrnn.tasks.base import describe
 
 LAST_STEPS = (0, 1, 2, 4, 6)  # before the end of a run, where its loss is taken

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from lightning_hrnn.meta.population import Population
 from lightning_hrnn.optimizer.features import Layout
-from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN, ParamLevel, RuleState
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevel
+from lightning_hrnn.optimizer.rates import BoundedRate
+from lightning_hrnn.optimizer.rule_state import RuleState
 
 STRETCH = 0.7  # length of a stretch in log time: a rate that rises like t^2 gains a factor of 4
 MEMORY = 6  # steps that backprop goes back, the sampled one included

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_hrnn.meta.kernels.tasks import FusedTasks, fuse
 from lightning_hrnn.optimizer.features import Layout
-from lightning_hrnn.optimizer.hierarchical_rnn import RuleState
+from lightning_hrnn.optimizer.rule_state import RuleState
 from lightning_hrnn.tasks.base import Data, Params, TaskFamily
 from lightning_hrnn.tasks.draws import InStep
 

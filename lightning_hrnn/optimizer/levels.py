@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.optimizer.features import Layout, smallness
-from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel, RuleState
+from lightning_hrnn.optimizer.hierarchical_rnn import RMS_FLOOR, HierarchicalRNN, ParamLevel
 from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork, where
+from lightning_hrnn.optimizer.rule_state import RuleState
 from lightning_hrnn.optimizer.sharding import Ranks, local
 from lightning_hrnn.optimizer.state import GRADIENT_SIZE, LOG_PEAK
 

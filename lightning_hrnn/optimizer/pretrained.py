@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from lightning_hrnn.optimizer.config import RuleConfig
-from lightning_hrnn.optimizer.hierarchical_rnn import BoundedRate, HierarchicalRNN, SmallModels
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, SmallModels
+from lightning_hrnn.optimizer.rates import BoundedRate
 
 DEFAULT_WEIGHTS = "hrnn-v11"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hrnn.optimizer.hierarchical_rnn import GRAD_RMS_FLOOR, HierarchicalRNN
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.rule_state import GRAD_RMS_FLOOR
 from lightning_hrnn.optimizer.sharding import converted, local, sharded_like
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_hrnn.optimizer.features import Layout, count_features
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevel, RuleState
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevel
 from lightning_hrnn.optimizer.kernels.build import operators
 from lightning_hrnn.optimizer.kernels.cpp import DTYPES, rows_from_above, said_from_above
+from lightning_hrnn.optimizer.rule_state import RuleState
 
 
 class OwnParamLevels:

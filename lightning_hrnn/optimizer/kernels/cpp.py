@@ -22,16 +22,12 @@ from torch.autograd.graph import increment_version
 
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.features import FEATURES, Layout, LongScale
-from lightning_hrnn.optimizer.hierarchical_rnn import (
-    BoundedRate,
-    GatedDirection,
-    HierarchicalRNN,
-    ParamLevel,
-    RuleState,
-)
+from lightning_hrnn.optimizer.hierarchical_rnn import GatedDirection, HierarchicalRNN, ParamLevel
 from lightning_hrnn.optimizer.kernels import FromAbove, Sums, TensorWork
 from lightning_hrnn.optimizer.kernels.build import BuildError, operators, why_unavailable
 from lightning_hrnn.optimizer.kernels.eager import EagerKernel
+from lightning_hrnn.optimizer.rates import BoundedRate
+from lightning_hrnn.optimizer.rule_state import RuleState
 
 __all__ = ["CppKernel", "param_level", "why_unavailable", "why_unsupported"]
 
