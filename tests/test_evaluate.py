@@ -240,6 +240,12 @@ def test_a_corpus_is_its_families():
     tasks = setting.choose(None)
     assert len(tasks) == 12 == len(set(tasks))
     assert setting.choose(["mlp"]) == ["mlp/1", "mlp/2"]
+    assert setting.choose(["mlp"], without=["mlp/1"]) == ["mlp/2"]
+    assert setting.choose(None, without=["mlp"]) == [task for task in tasks if not task.startswith("mlp/")]
+    with pytest.raises(ValueError, match="No task is left"):
+        setting.choose(["mlp"], without=["mlp"])
+    with pytest.raises(ValueError, match="no tasks \\['cats'\\]"):
+        setting.choose(None, without=["cats"])
     shapes = [[value.shape for value in setting.draw(task, "report", 1).params] for task in ("mlp/1", "mlp/1", "mlp/2")]
     assert shapes[0] == shapes[1] != shapes[2]
 
@@ -523,7 +529,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         if len(ran) in killed_at:
             raise KeyboardInterrupt
         ran.append(trial)
-        return outcome(1.0)
+        return outcome(1.0, seeds=2, lr=0.1)
 
     monkeypatch.setattr(Trial, "run", run)
     trials = [Trial(SMALL, "gru", name) for name in BASELINES]
@@ -542,7 +548,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
 
 def test_only_what_an_outcome_depends_on_makes_it_stale(tmp_path):
     cache, trial = Cache(tmp_path), Trial(SMALL, "gru", "adam")
-    kept = replace(outcome(1.0), final=[1.0, math.inf], tuning=[1.0], rates=[[0.1]])
+    kept = replace(outcome(1.0, seeds=2, lr=0.1), final=[1.0, math.inf], tuning=[1.0], rates=[[0.1]])
     cache.write(trial, kept)
     assert cache.read(trial) == kept
     assert cache.read(replace(trial, setting=replace(SMALL, data_dir="elsewhere", corpus="paper"))) == kept
@@ -551,7 +557,19 @@ def test_only_what_an_outcome_depends_on_makes_it_stale(tmp_path):
     assert cache.read(replace(trial, optimizer=OURS, weights="abc")) is None
     (file,) = tmp_path.iterdir()
     content = json.loads(file.read_text())
-    for damage in ({"final": "abc"}, {"final": ["abc"]}, {"curve": []}, {"steps": None}, {"initial": 3}):
+    short = {"final": [1.0], "initial": [1.0], "curve": [[1.0]] * len(kept.steps)}  # of one instance, not of two
+    for damage in (
+        {"final": "abc"},
+        {"final": ["abc"]},
+        {"final": [1.0]},
+        {"curve": []},
+        {"curve": [[1.0]] * len(kept.steps)},
+        {"steps": None},
+        {"initial": 3},
+        {"lr": None},
+        {"lr": 0.0},
+        short,
+    ):
         file.write_text(json.dumps({**content, "outcome": {**content["outcome"], **damage}}))
         assert cache.read(trial) is None
     file.write_text(json.dumps(content)[:-9])
@@ -559,7 +577,7 @@ def test_only_what_an_outcome_depends_on_makes_it_stale(tmp_path):
 
 
 def test_a_run_that_fails_at_once_is_drawn_all_the_same(tmp_path):
-    failed = replace(outcome(1.0), steps=[1, 2], curve=[[math.nan], [math.nan]], rates=([math.nan], [0.0]))
+    failed = replace(outcome(1.0, seeds=1), steps=[1, 2], curve=[[math.nan], [math.nan]], rates=([math.nan], [0.0]))
     by_name = dict.fromkeys((OURS, *BASELINES), failed)
     plot_rates({"net": by_name}, tmp_path / "rates.png")
     plot_curves({"net": by_name}, tmp_path / "curves.png")
@@ -619,6 +637,17 @@ def test_the_same_command_finds_everything_in_the_cache(out, monkeypatch):
     before = json.loads((out / "report.json").read_text())
     assert main(before["command"].split()[1:]) == 0
     assert json.loads((out / "report.json").read_text())["results"] == before["results"]
+
+
+def test_no_task_of_a_corpus_counts_as_untouched(tmp_path):
+    budget = ["--steps", "2", "--seeds", "1", "--tuning-seeds", "1", "--processes", "1", "--out", str(tmp_path)]
+    assert (
+        main(["evaluate", "--suite", "corpus", "--tasks", "bowl", "bowl-noisy", "--without", "bowl-noisy", *budget])
+        == 0
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["summary"]["not_looked_at"]["tasks"] == 0
+    assert [(found["task"], found["looked_at"]) for found in report["results"]] == [("bowl/1", True)]
 
 
 def test_the_command_complains_in_one_line(tmp_path, monkeypatch, capsys):

@@ -517,6 +517,35 @@ def test_fine_tuning_keeps_the_first_rate_and_the_horizon_of_its_weights(tmp_pat
     assert (chosen.initial_rate, MetaLearner().initial_rate) == (3e-4, 1e-3)
 
 
+def test_shipped_weights_specialise_to_a_family_of_ones_own(tmp_path: Path) -> None:
+    """Forty meta-steps on parabolas, and fresh ones end at less than half of the loss."""
+    learner = MetaLearner(
+        weights="hrnn-v4",
+        places=2,
+        window=20,
+        scored_steps=4,
+        lives=Lives(20, 20, 20, 1),
+        learning_rate=3e-3,
+        warmup_steps=5,
+        averaging=0.9,
+        loss=LogRatio(1e-6),
+    )
+    population = Population([TaskBatch.draw(Parabola(), 20, 99)])
+
+    def final(rule: HierarchicalRNN) -> float:
+        with torch.no_grad():
+            start = begin(rule, population, math.log(learner.initial_rate))
+            losses = unroll(rule, population, start, 20, {19}).losses
+        return losses.log().mean().item()
+
+    before = final(learner.rule)
+    tasks = TaskDataModule(family=Parabola(), instances=8)
+    make_trainer(tmp_path, 40, limit_val_batches=0, enable_checkpointing=False).fit(learner, tasks)
+    tuned = load_pretrained(learner.export(tmp_path / "tuned.safetensors"))
+    assert tuned.card["started_from"] == "hrnn-v4"
+    assert final(tuned) < before - math.log(2)
+
+
 def test_meta_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
     class Broken(MetaLearner):
         def on_after_backward(self) -> None:

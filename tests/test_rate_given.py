@@ -163,7 +163,7 @@ def test_learned_goes_on_where_given_stopped():
 
 def test_bad_uses_name_the_mend():
     params = list(model().parameters())
-    with pytest.raises(ValueError, match=r"lr is missing: with rate='given' it is the rate itself"):
+    with pytest.raises(ValueError, match=r"lr must be a number: with rate='given' it is the rate itself"):
         HRNN(params, rate="given")
     with pytest.raises(ValueError, match="drop initial_rate, and set lr"):
         HRNN(params, lr=1e-3, rate="given", initial_rate=1e-3)

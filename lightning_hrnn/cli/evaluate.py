@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
     rule = load_pretrained(options.weights)
     choose_engine("auto", rule)  # builds the compiled one now, not in every process at once
     setting = Setting(**{name: options[name] for name in Setting.__dataclass_fields__})
-    tasks = setting.choose(options.tasks)
+    tasks = setting.choose(options.tasks, options.without or ())
     if options.quick and options.tasks is None:
         tasks = tasks[: QUICK["tasks"]]
     for task in tasks:
@@ -68,6 +68,8 @@ def run(arguments: Sequence[str]) -> None:
     outcomes = compare(setting, tasks, rule, options, console)
     rules = [rule, *([rule.small.rule] if rule.small else [])]
     looked_at = [task for one in rules for task in one.card.get("looked_at", {}).get(options.suite, [])]
+    if options.suite == "corpus":  # which is what rules learn from
+        looked_at = tasks
     records = [judge(setting, task, outcomes[task], looked_at) for task in tasks]
     report = EvaluationReport.of(
         records,
@@ -106,6 +108,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--tuning-seeds", type=PositiveInt | None, default=None, help="Others, to tune baselines on; 3 if null.")
     add("--seed", type=NonNegativeInt, default=0, help="Moves all seeds.")
     add("--tasks", type=str, nargs="+", default=None, help="Names of tasks; all of the suite if null.")
+    add("--without", type=str, nargs="+", default=None, help="Names of tasks to leave out.")
     add("--corpus", type=str, default="released", help="Corpus whose families make the suite 'corpus'.")
     add("--draws", type=PositiveInt, default=1, help="Configurations to draw from each family of the corpus.")
     add("--data-dir", type=str | None, default=None, help=DATA_DIR_HELP)

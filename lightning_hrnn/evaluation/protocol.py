@@ -72,6 +72,8 @@ class Outcome:
         numbers = [*self.initial, *self.final, *self.steps, *(value for losses in self.curve for value in losses)]
         if not all(isinstance(value, int | float) for value in numbers) or len(self.curve) != len(self.steps):
             raise TypeError("An outcome holds losses as numbers, those of each scored step.")
+        if {len(losses) for losses in (self.initial, *self.curve)} != {len(self.final)}:
+            raise ValueError("An outcome holds as many losses before, at each scored step and at the end.")
 
 
 class Learned(NamedTuple):

@@ -79,20 +79,28 @@ class Setting:
             for draw in range(1, self.draws + 1)
         }
 
-    def choose(self, names: Sequence[str] | None) -> list[str]:
-        """Return names of tasks, all by default; a name before a slash stands for all of its group.
+    def choose(self, names: Sequence[str] | None, without: Sequence[str] = ()) -> list[str]:
+        """Return names of tasks; a name before a slash stands for all of its group.
+
+        Args:
+            names: of those to take, all of the suite if None.
+            without: of those to leave out.
 
         Raises:
-            ValueError: a name is unknown.
+            ValueError: a name is unknown, or none is left.
         """
         known = list(self.families())
-        if names is None:
-            return known
-        chosen = {name: [task for task in known if name in (task, task.partition("/")[0])] for name in names}
-        unknown = [name for name, tasks in chosen.items() if not tasks]
-        if unknown:
-            raise ValueError(f"The suite {self.suite!r} has no tasks {unknown}: choose from {known}.")
-        return list(dict.fromkeys(task for tasks in chosen.values() for task in tasks))
+        left_out = self._named(without, known)
+        chosen = [task for task in (known if names is None else self._named(names, known)) if task not in left_out]
+        if not chosen:
+            raise ValueError(f"No task is left of the suite {self.suite!r} without {list(without)}.")
+        return chosen
+
+    def _named(self, names: Sequence[str], known: Sequence[str]) -> list[str]:
+        found = {name: [task for task in known if name in (task, task.partition("/")[0])] for name in names}
+        if unknown := [name for name, tasks in found.items() if not tasks]:
+            raise ValueError(f"The suite {self.suite!r} has no tasks {unknown}: choose from {list(known)}.")
+        return list(dict.fromkeys(task for tasks in found.values() for task in tasks))
 
     def draw(self, task: str, purpose: str, count: int) -> TaskBatch:
         """Draw instances of a task; for tuning other ones than for the report.

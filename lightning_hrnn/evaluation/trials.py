@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_hrnn.evaluation.protocol import Learned, Outcome, Trial
+from lightning_hrnn.evaluation.protocol import ANYTIME, OURS, Learned, Outcome, Trial
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import choose_engine
@@ -41,7 +41,8 @@ class Cache(NamedTuple):
         """Return an outcome; None if there is none, or the file is damaged or of another trial."""
         try:
             content = json.loads(self.path(trial).read_text(encoding="utf-8"))
-            return Outcome(**content["outcome"]) if content["trial"] == trial.key() else None
+            outcome = Outcome(**content["outcome"])
+            return outcome if content["trial"] == trial.key() and _belongs(outcome, trial) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -52,6 +53,12 @@ class Cache(NamedTuple):
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"trial": trial.key(), "outcome": asdict(outcome)}), encoding="utf-8")
         part.replace(path)
+
+
+def _belongs(outcome: Outcome, trial: Trial) -> bool:
+    """Tell whether an outcome is of as many instances as the trial, and has a rate if that has one."""
+    has_rate = isinstance(outcome.lr, int | float) and outcome.lr > 0
+    return len(outcome.final) == trial.setting.seeds and has_rate == (trial.optimizer not in (OURS, ANYTIME))
 
 
 def run_trials(

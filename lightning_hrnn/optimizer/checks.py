@@ -19,7 +19,9 @@ MEND = "Resume from an earlier one."
 def check_group(group: dict[str, Any]) -> None:
     """Refuse numbers out of range and parameters for which the rule is not defined."""
     if math.isnan(group["lr"]):
-        raise ValueError("lr is missing: with rate='given' it is the rate itself, such as 1e-3.")
+        raise ValueError(
+            "lr must be a number: with rate='given' it is the rate itself, 1e-3 perhaps, without a default."
+        )
     check_numbers(group)
     for index, param in enumerate(group["params"]):
         if param.is_complex():
