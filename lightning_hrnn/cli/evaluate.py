@@ -67,9 +67,8 @@ def run(arguments: Sequence[str]) -> None:
     ready_folder(ready_folder(options.out) / "cache")
     outcomes = compare(setting, tasks, rule, options, console)
     rules = [rule, *([rule.small.rule] if rule.small else [])]
-    looked_at = [task for one in rules for task in one.card.get("looked_at", {}).get(options.suite, [])]
-    if options.suite == "corpus":  # which is what rules learn from
-        looked_at = tasks
+    seen = [task for one in rules for task in one.card.get("looked_at", {}).get(options.suite, [])]
+    looked_at = tasks if options.suite == "corpus" else seen  # a corpus is what rules learn from
     records = [judge(setting, task, outcomes[task], looked_at) for task in tasks]
     report = EvaluationReport.of(
         records,

@@ -114,7 +114,12 @@ class Trial:
     @property
     def is_learned(self) -> bool:
         """Tell whether the optimizer is the learned one."""
-        return self.optimizer in (OURS, ANYTIME, GIVEN)
+        return self.learns_rates or self.optimizer == GIVEN
+
+    @property
+    def learns_rates(self) -> bool:
+        """Tell whether it steps at its learned rates, so that there is none to tune or to name."""
+        return self.optimizer in (OURS, ANYTIME)
 
     def run(self, learned: Learned | None = None, tick: Tick = lambda share: None) -> Outcome:
         """Tune, if it is a baseline, and train.
@@ -128,7 +133,7 @@ class Trial:
         """
         if self.is_learned and learned is None:
             raise ValueError("A trial of the learned optimizer needs the learned optimizer.")
-        if learned is not None and self.optimizer in (OURS, ANYTIME):
+        if learned is not None and self.learns_rates:
             return self._train_learned(learned, tick)
         if self.optimizer == DEFAULT_ADAM:
             return self._train(partial(train, BASELINES["adam"].rule, schedule=constant), DEFAULT_RATE, tick)

@@ -90,8 +90,8 @@ class Setting:
             ValueError: a name is unknown, or none is left.
         """
         known = list(self.families())
-        left_out = self._named(without, known)
-        chosen = [task for task in (known if names is None else self._named(names, known)) if task not in left_out]
+        wanted, left_out = known if names is None else self._named(names, known), self._named(without, known)
+        chosen = [task for task in wanted if task not in left_out]
         if not chosen:
             raise ValueError(f"No task is left of the suite {self.suite!r} without {list(without)}.")
         return chosen

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_hrnn.evaluation.protocol import ANYTIME, OURS, Learned, Outcome, Trial
+from lightning_hrnn.evaluation.protocol import Learned, Outcome, Trial
 from lightning_hrnn.meta.memory import keep_freed_memory
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import choose_engine
@@ -58,7 +58,7 @@ class Cache(NamedTuple):
 def _belongs(outcome: Outcome, trial: Trial) -> bool:
     """Tell whether an outcome is of as many instances as the trial, and has a rate if that has one."""
     has_rate = isinstance(outcome.lr, int | float) and outcome.lr > 0
-    return len(outcome.final) == trial.setting.seeds and has_rate == (trial.optimizer not in (OURS, ANYTIME))
+    return len(outcome.final) == trial.setting.seeds and has_rate != trial.learns_rates
 
 
 def run_trials(
