@@ -3,12 +3,15 @@
 import multiprocessing
 import os
 import random
+import shlex
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; child processes inherit it
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
+import jsonargparse
 import pytest
 import torch
 from hypothesis import settings
@@ -29,6 +32,28 @@ def double_precision():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+class Parsed(Exception):
+    """The arguments are right; the command would now begin."""
+
+
+@pytest.fixture
+def parse():
+    """Run a command of ours up to the point where its arguments are parsed."""
+    from lightning_hrnn import cli  # takes seconds, which tests without it need not wait for
+
+    parse_args = jsonargparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args, **kwargs):
+        parse_args(self, *args, **kwargs)
+        raise Parsed
+
+    def parse(words):
+        with patch.object(jsonargparse.ArgumentParser, "parse_args", parse_and_stop), pytest.raises(Parsed):
+            assert cli.main([*words, "--debug"]) == 0, f"wrong arguments: {shlex.join(words)}"
+
+    return parse
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 import lightning_hrnn
-from lightning_hrnn import cli
 from lightning_hrnn.tasks import CORPORA, FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -65,29 +64,9 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(command) for command in simple if command.strip()]
 
 
-class Parsed(Exception):
-    """The arguments are right; the command would now begin."""
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """Run a command of ours up to the point where its arguments are parsed."""
-    parse_args = jsonargparse.ArgumentParser.parse_args
-
-    def parse_and_stop(self, *args, **kwargs):
-        parse_args(self, *args, **kwargs)
-        raise Parsed
-
-    def parse(words):
-        with patch.object(jsonargparse.ArgumentParser, "parse_args", parse_and_stop), pytest.raises(Parsed):
-            assert cli.main([*words, "--debug"]) == 0, f"wrong arguments: {shlex.join(words)}"
-
-    monkeypatch.chdir(ROOT)
-    return parse
-
-
 @pytest.mark.parametrize("page", with_blocks("bash"))
-def test_commands_parse(page, parse):
+def test_commands_parse(page, parse, monkeypatch):
+    monkeypatch.chdir(ROOT)
     extras = importlib.metadata.metadata("lightning-hrnn").get_all("Provides-Extra")
     for program, *words in commands(page):
         if program == "lightning-hrnn":

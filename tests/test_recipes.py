@@ -1,9 +1,11 @@
 """Every recipe says what it is, parses, and runs: its own launch command, cut short."""
 
+import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +192,81 @@ quiet = pytest.mark.filterwarnings(
 def test_the_launch_command_runs(recipe, workplace):
     arguments = launch(recipe)
     assert main([*arguments, *instead(arguments), *SHORT]) == 0
+
+
+STAGES = ["default", "refine", "attend", "evolve", "explore", "small"]
+STAND_IN = f"""#!{sys.executable}
+# Stands in for lightning-hrnn: writes down what it is asked for, and leaves the files that would come of it.
+import json, os, pathlib, sys
+
+with open("asked", "a") as asked:
+    print(json.dumps(sys.argv[1:]), file=asked)
+if sys.argv[1] == "average":
+    left = pathlib.Path(sys.argv[2])
+elif sys.argv[1] == "evaluate":
+    left = pathlib.Path(sys.argv[-1], "report.json")
+else:
+    *_, recipe = (pathlib.Path(word) for word in sys.argv if word.endswith(".yaml"))
+    left = pathlib.Path("runs", recipe.stem, "last.ckpt")
+left.parent.mkdir(parents=True, exist_ok=True)
+left.touch()
+sys.exit(left.parent.name == os.environ.get("STOPPED"))
+"""
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch):
+    """Run the whole chain of meta-training with a stand-in for our program; return what that was asked for."""
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "bin" / "lightning-hrnn"
+    program.parent.mkdir()
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+
+    def chain(*options, stopped=""):
+        environment = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "STOPPED": stopped}
+        script = ["bash", str(ROOT / "recipes/meta_train/shipped.sh"), *options]
+        ended = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == bool(stopped), ended.stderr
+        asked = [json.loads(line) for line in Path("asked").read_text().splitlines()] if Path("asked").exists() else []
+        Path("asked").unlink(missing_ok=True)
+        return asked
+
+    return chain
+
+
+def configs_of(command):
+    return [value for option, value in itertools.pairwise(command) if option == "--config"]
+
+
+def test_the_chain_of_shipped_weights_parses(chain, parse):
+    commands = chain("--data.seed", "5")
+    runs = [command for command in commands if command[0] == "meta-train"]
+    assert [Path(configs_of(run)[-1]).stem for run in runs] == STAGES
+    assert all(run[-2:] == ["--data.seed", "5"] for run in runs)
+    for command in commands:
+        parse(command)
+
+
+def test_the_chain_of_shipped_weights_finds_what_each_run_leaves(chain):
+    """Where checkpoints and weights are looked for is where the recipes put them."""
+    for run in (command for command in chain() if command[0] == "meta-train"):
+        recipe = yaml.safe_load(Path(configs_of(run)[-1]).read_text(encoding="utf-8"))
+        kept, exported = recipe["trainer"]["callbacks"]
+        assert kept["init_args"]["dirpath"] == f"runs/{Path(configs_of(run)[-1]).stem}"
+        assert kept["init_args"]["save_last"]
+        assert exported["init_args"]["path"] == f"{kept['init_args']['dirpath']}/weights.safetensors"
+
+
+def test_the_chain_of_shipped_weights_goes_on_where_it_stopped(chain):
+    whole = chain()
+    shutil.rmtree("runs")
+    before = chain(stopped="attend")
+    assert before == whole[: len(before)]
+    stopped, *after = chain()
+    assert stopped == [*before[-1], "--ckpt_path", "runs/attend/last.ckpt"]
+    assert after == whole[len(before) :]
+    assert chain() == []
 
 
 def resnet101_sharded(place):
