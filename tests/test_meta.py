@@ -292,6 +292,17 @@ class TestPool:
         assert a.family.name == b.family.name
         assert all(torch.equal(x, y) for x, y in zip(a.params, b.params, strict=True))
 
+    def test_a_family_with_negative_losses_is_named(self) -> None:
+        class Shifted(Parabola):
+            name = "shifted"
+
+            def loss(self, params: Params, data: Data, generator: torch.Generator | None = None) -> Tensor:
+                return super().loss(params, data, generator) - 1e6
+
+        pool = TaskPool(1, Lives(20, 20, 20), rates=(1e-3, 1e-2))
+        with pytest.raises(ValueError, match="'shifted' is negative.*shift the loss"):
+            pool.refill(TaskStream(Shifted(), 2, 0), HierarchicalRNN(), 0, "cpu")
+
     def test_lives_grow_and_stay_in_range(self) -> None:
         lives = Lives(shortest=10, first_longest=100, longest=1000, growth_steps=100)
         assert lives.upper(0) == pytest.approx(100)

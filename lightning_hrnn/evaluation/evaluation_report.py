@@ -20,8 +20,8 @@ LOSS_COLUMNS = (
     Column("default_adam", "Adam 1e-3", ".3g"),
     Column("beaten", "baselines beaten"),
     Column("speedup", "speed-up", ".2f"),
-    Column("diverged", "diverged", "d"),
-    Column("came_back", "came back", "d"),
+    Column("diverged", "diverged (no cooldown)"),
+    Column("came_back", "came back (no cooldown)"),
 )
 COST_COLUMNS = (
     Column("task", "task"),
@@ -53,7 +53,7 @@ def losses_row(record: Mapping[str, Any]) -> Record:
         "default_adam": record["default_adam"]["mean"],
         "beaten": _beaten(record["beats"]),
         "speedup": record["speedup_vs_adam"],
-        **{key: record["hrnn"][key] + record["hrnn_anytime"][key] for key in ("diverged", "came_back")},
+        **{key: f"{record['hrnn'][key]} ({record['hrnn_anytime'][key]})" for key in ("diverged", "came_back")},
     }
 
 

@@ -105,7 +105,7 @@ def _dress(axes: Axes, task: str) -> None:
     drawn = axes.dataLim
     if math.isfinite(drawn.minposx) and math.isfinite(drawn.minposy):  # else all runs failed at once
         axes.set(xscale="log", yscale="log")
-    axes.tick_params(labelsize=7)
+    axes.tick_params(which="both", labelsize=7)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("steps", fontsize=8)
