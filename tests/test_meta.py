@@ -300,7 +300,7 @@ class TestPool:
                 return super().loss(params, data, generator) - 1e6
 
         pool = TaskPool(1, Lives(20, 20, 20), rates=(1e-3, 1e-2))
-        with pytest.raises(ValueError, match="'shifted' is negative.*shift the loss"):
+        with pytest.raises(ValueError, match=r"'shifted' is negative.*shift the loss"):
             pool.refill(TaskStream(Shifted(), 2, 0), HierarchicalRNN(), 0, "cpu")
 
     def test_lives_grow_and_stay_in_range(self) -> None:

@@ -188,7 +188,7 @@ class TaskPool:
             initial_loss = population.losses(population.initial_params())
             if bool((initial_loss < 0).any()):
                 raise ValueError(
-                    f"The loss of task family {tasks.family.name!r} is negative, and the meta-loss takes its logarithm: "
+                    f"The loss of the family {tasks.family.name!r} is negative, and the meta-loss takes its logarithm: "
                     "shift the loss to be >= 0."
                 )
             progress = begin(rule, population, self._first_log_rates(population, tasks)).detach()
