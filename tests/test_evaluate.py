@@ -425,7 +425,7 @@ def test_without_cooldown_ours_is_compared_with_constant_rates(tmp_path):
     assert imread(tmp_path / "both.png").shape[1] == 2 * imread(tmp_path / "one.png").shape[1]
 
 
-@pytest.mark.parametrize("width", [70, 120])
+@pytest.mark.parametrize("width", [70, 110, 120])
 def test_every_task_has_one_line_of_the_terminal(width):
     records = [record(factor) | {"task": "two-block-transformer"} for factor in (1.04e-13, 1.8)]
     console = Console(width=width, record=True, file=io.StringIO())

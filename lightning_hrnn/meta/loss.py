@@ -8,6 +8,17 @@ import torch
 from torch import Tensor
 
 
+def refuse_negative(losses: Tensor, name: str) -> None:
+    """Raise a `ValueError` if a loss is negative: no meta-loss can take its logarithm.
+
+    Args:
+        losses: of any shape.
+        name: what the message calls them.
+    """
+    if bool((losses < 0).any()):
+        raise ValueError(f"{name} is negative, and the meta-loss takes its logarithm: shift the loss to be >= 0.")
+
+
 @dataclass(frozen=True)
 class LogRatio:
     """Score losses against the loss at the very start of the run: `log((f + c f0) / (f0 + c f0))`.
@@ -45,10 +56,7 @@ class LogRatio:
         Raises:
             ValueError: a loss is negative.
         """
-        if bool((losses < 0).any()):
-            raise ValueError(
-                "A task's loss is negative, and the meta-loss takes its logarithm: shift the loss to be >= 0."
-            )
+        refuse_negative(losses, "A task's loss")
         largest = torch.finfo(losses.dtype).max / 1e3
         offset = self.floor * initial + torch.finfo(losses.dtype).tiny
         safe = torch.where(losses.isfinite() & (losses < largest), losses, torch.full_like(losses, largest))

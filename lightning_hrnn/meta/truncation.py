@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hrnn.meta.loss import refuse_negative
 from lightning_hrnn.meta.population import Population, Progress, TaskBatch, join
 from lightning_hrnn.meta.unroll import Schedule, begin
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
@@ -176,7 +177,11 @@ class TaskPool:
         self.places: list[Place] = []
 
     def refill(self, stream: TaskStream, rule: HierarchicalRNN, meta_step: int, device: torch.device | str) -> None:
-        """Replace tasks whose life is over or whose parameters are no longer finite; fill free places."""
+        """Replace tasks whose life is over or whose parameters are no longer finite; fill free places.
+
+        Raises:
+            ValueError: a fresh task begins with a negative loss.
+        """
         self.places = [place for place in self.places if place.age < place.life and _is_finite(place)]
         while len(self.places) < self.count:
             seed = stream.next_seed()
@@ -186,11 +191,7 @@ class TaskPool:
         population = Population([tasks])
         with torch.no_grad():
             initial_loss = population.losses(population.initial_params())
-            if bool((initial_loss < 0).any()):
-                raise ValueError(
-                    f"The loss of the family {tasks.family.name!r} is negative, and the meta-loss takes its logarithm: "
-                    "shift the loss to be >= 0."
-                )
+            refuse_negative(initial_loss, f"The loss of the family {tasks.family.name!r}")
             progress = begin(rule, population, self._first_log_rates(population, tasks)).detach()
         rng = random.Random(seed)
         life = self.lives.draw(rng, meta_step)
