@@ -82,9 +82,10 @@ def run(arguments: Sequence[str]) -> None:
         },
     )
     report.write(options.out)
-    draw(report, outcomes, options.out)
     show(report, console)
     console.print(report.summary)
+    with console.status(f"Drawing {len(tasks)} tasks"):  # a minute where there are hundreds
+        draw(report, outcomes, options.out)
     console.print(f"Written to {options.out}: report.md, report.json, {', '.join(report.figures)}")
 
 
