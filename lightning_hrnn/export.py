@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_hrnn.module import MetaLearner
+from lightning_hrnn.optimizer.pretrained import set_aside
 
 
 class WeightsExport(Callback):
-    """Export the averaged weights after each validation that is the best so far.
+    """Export the averaged weights after each validation of a fit that is the best so far.
 
-    The last checkpoint of a meta-training is seldom its best: more training on a corpus can transfer worse.
+    The last checkpoint of a meta-training is seldom its best: more training on a corpus can transfer worse. Weights of
+    an earlier run at the same path are kept: the first export that does not go on from that run renames them.
 
     Args:
         path: of the `.safetensors` file; its card lies beside it.
@@ -65,15 +68,17 @@ class WeightsExport(Callback):
         if value is None:
             known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
             raise ValueError(f"No metric {self.monitor!r} says which weights are best: WeightsExport knows {known}.")
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:  # type: ignore[attr-defined]
             return
         if self.keep_all and trainer.is_global_zero and isinstance(pl_module, MetaLearner):
             beside = self.path.with_name(f"step_{trainer.global_step}.safetensors")
             pl_module.export(beside, {**self.notes, self.monitor: round(float(value), 4)})
         if not float(value) < self.best:
             return
-        self.best = float(value)
+        first, self.best = self.best == math.inf, float(value)
         if trainer.is_global_zero and isinstance(pl_module, MetaLearner):
+            if first and (kept := set_aside(self.path)):
+                rank_zero_info(f"{self.path} was there already, of another run: kept as {kept}")
             pl_module.export(self.path, {**self.notes, self.monitor: round(self.best, 4)})
             rank_zero_info(f"{self.monitor} {self.best:.4f} is the best so far: wrote {self.path}")
 

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,9 +30,10 @@ from lightning_hrnn.meta.unroll import Point
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 from lightning_hrnn.optimizer.kernels import choose_engine
-from lightning_hrnn.optimizer.pretrained import first_rate, load_pretrained, reconfigured, save_pretrained
+from lightning_hrnn.optimizer.pretrained import first_rate, load_pretrained, looked_at, reconfigured, save_pretrained
 from lightning_hrnn.version import __version__
 
+SKIPS = 10  # meta-steps dropped in a row that are worth a warning
 RECENT = 30  # windows of the running mean: which tasks are in flight, and how old, makes single windows jump
 FAMILIES_SHOWN = 8  # the progress bar names the meta-loss of each family of corpora up to this size
 
@@ -117,6 +119,7 @@ class MetaLearner(LightningModule):
         if isinstance(self.estimator, Evolution):
             self.estimator.check(self.rule, window)
         self.skipped_meta_steps = 0
+        self._skipped_in_a_row = 0
         self._stored_pool: dict[str, Any] | None = None
         self._evaluation: dict[str, ValidationResult] = {}
         self._recent: deque[Tensor] = deque(maxlen=RECENT)
@@ -173,8 +176,17 @@ class MetaLearner(LightningModule):
         grads = [value.grad for value in self.rule.parameters() if value.grad is not None]
         if all(bool(grad.isfinite().all()) for grad in grads):
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
+            self._skipped_in_a_row = 0
             return
         self.skipped_meta_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == SKIPS:
+            families = sorted({place.tasks.family.name for place in self.pool})
+            rank_zero_warn(
+                f"{SKIPS} meta-steps in a row were dropped, since their meta-gradients are not finite: nothing is "
+                f"learned. In flight are tasks of {families}. If the loss of one can be NaN, mend it; else take a "
+                "shorter window, or an earlier checkpoint."
+            )
         optimizer.zero_grad(set_to_none=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -281,10 +293,13 @@ class MetaLearner(LightningModule):
             }
         evaluation = [result.row(name) for name, result in sorted(self._evaluation.items())]
         full = {**history, "initial_rate": self.initial_rate, "evaluation": evaluation, **(card or {})}
+        full["looked_at"] = looked_at(self.rule.card, card or {})
         return save_pretrained(self.averaged_rule, path, full)
 
 
 def _starting_rule(preset: str, changes: dict[str, Any], weights: str | None) -> HierarchicalRNN:
+    if weights is not None and preset != "default":
+        raise ValueError(f"Weights have a configuration already: leave out preset={preset!r}, or weights={weights!r}.")
     if weights is None:
         return HierarchicalRNN(RuleConfig.preset(preset, **changes))
     loaded = load_pretrained(weights)

@@ -568,6 +568,8 @@ def test_only_what_an_outcome_depends_on_makes_it_stale(tmp_path):
         {"initial": 3},
         {"lr": None},
         {"lr": 0.0},
+        {"seconds": None},
+        {"tuning_seconds": "abc"},
         short,
     ):
         file.write_text(json.dumps({**content, "outcome": {**content["outcome"], **damage}}))
@@ -659,6 +661,7 @@ def test_the_command_complains_in_one_line(tmp_path, monkeypatch, capsys):
         (["--weights", "cats"], "'cats'"),
         (["--suite", "corpus", "--corpus", "cats"], "'cats'"),
         (["--suite", "nets", "--draws", "2"], "--draws would change nothing"),
+        (["--suite", "nets", "--data-dir", "nowhere"], "--data-dir would change nothing"),
         (["--suite", "vision", "--corpus", "paper", "--draws", "2"], "--corpus and --draws would change nothing"),
     ):
         assert main(["evaluate", *arguments]) == 1

@@ -26,7 +26,7 @@ from lightning_hrnn.module import MetaLearner
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.optimizer import HRNN
-from lightning_hrnn.optimizer.pretrained import load_pretrained
+from lightning_hrnn.optimizer.pretrained import load_pretrained, read_card
 from lightning_hrnn.tasks.base import Data, Params, TaskFamily
 from lightning_hrnn.tasks.corpus import get_corpus
 from lightning_hrnn.tasks.registry import get_family
@@ -303,6 +303,31 @@ class TestPool:
         with pytest.raises(ValueError, match=r"'shifted' is negative.*shift the loss"):
             pool.refill(TaskStream(Shifted(), 2, 0), HierarchicalRNN(), 0, "cpu")
 
+    def test_instances_that_begin_at_no_finite_loss_are_left_out(self) -> None:
+        class Sometimes(Parabola):
+            name = "sometimes"
+            share = 0.3
+
+            def loss(self, params: Params, data: Data, generator: torch.Generator | None = None) -> Tensor:
+                losses = super().loss(params, data, generator)
+                first = params[0].flatten(1)[:, 0]
+                return torch.where((1e4 * first).frac().abs() < self.share, losses * math.inf, losses)
+
+        class Always(Sometimes):
+            name = "always"
+            share = 1.0
+
+        rule, pool = HierarchicalRNN(), TaskPool(8, Lives(20, 20, 20), rates=(1e-3, 1e-2))
+        with pytest.warns(UserWarning, match="'sometimes' begin with a loss that is not finite, and are left out"):
+            pool.refill(TaskStream(Sometimes(), 2, 0), rule, 0, "cpu")
+        assert len(pool.places) == 8
+        assert pool.initial_losses().isfinite().all()
+        with (
+            pytest.raises(ValueError, match=r"20 draws in a row .* the last of the family 'always'"),
+            pytest.warns(UserWarning, match="'always'"),
+        ):
+            TaskPool(1, Lives(20, 20, 20), rates=(1e-3, 1e-2)).refill(TaskStream(Always(), 2, 0), rule, 0, "cpu")
+
     def test_lives_grow_and_stay_in_range(self) -> None:
         lives = Lives(shortest=10, first_longest=100, longest=1000, growth_steps=100)
         assert lives.upper(0) == pytest.approx(100)
@@ -517,6 +542,55 @@ def test_the_best_weights_are_exported_with_a_card(tmp_path: Path) -> None:
     assert (again["meta_steps"], again["corpus"], again["name"]) == (rule.card["meta_steps"], "quick", "again")
 
 
+def test_weights_of_another_run_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    data = {"instances": 2, "epoch_steps": 1, "validation": ["wide-mlp"], "validation_steps": 8}
+
+    def run(steps: int, **how: Any) -> WeightsExport:
+        export = WeightsExport(str(path))
+        trainer = make_trainer(tmp_path, steps, callbacks=[export], enable_checkpointing=False, **how)
+        trainer.fit(make_learner(), TaskDataModule("quick", **data))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return export
+
+    run(1)
+    first = path.read_bytes()
+    export = WeightsExport(str(path))
+    validating = make_trainer(tmp_path, 1, callbacks=[export], enable_checkpointing=False)
+    validating.validate(make_learner(), TaskDataModule("quick", **data))
+    run(1, fast_dev_run=1)
+    assert path.read_bytes() == first  # neither is a run whose weights are worth keeping
+    run(2)
+    run(2)
+    assert (tmp_path / "weights-before-1.safetensors").read_bytes() == first
+    assert load_pretrained(tmp_path / "weights-before-2.safetensors").card["name"] == "weights"
+    again = WeightsExport(str(path))
+    trainer = make_trainer(tmp_path, 3, callbacks=[again], enable_checkpointing=False)
+    trainer.fit(make_learner(), TaskDataModule("quick", **data), ckpt_path=tmp_path / "last.ckpt")
+    assert not (tmp_path / "weights-before-3.safetensors").exists()  # it goes on from the run that wrote them
+
+
+def test_what_was_looked_at_is_handed_on(tmp_path: Path) -> None:
+    looked_at = load_pretrained("hrnn-v10").card["looked_at"]
+    learner = MetaLearner(weights="hrnn-v10", places=1, window=5, scored_steps=2, lives=Lives(10, 10, 10, 1))
+    make_trainer(tmp_path, 1, enable_checkpointing=False).fit(learner, TaskDataModule("quick", instances=2))
+    path = learner.export(tmp_path / "tuned.safetensors", {"looked_at": {"nets": ["lstm"], "vision": ["digits-conv"]}})
+    assert read_card(path)["looked_at"] == {"nets": [*looked_at["nets"], "lstm"], "vision": ["digits-conv"]}
+
+
+def test_many_dropped_meta_steps_in_a_row_are_told(tmp_path: Path) -> None:
+    class Hopeless(MetaLearner):
+        def on_after_backward(self) -> None:
+            next(self.rule.parameters()).grad = torch.full_like(next(self.rule.parameters()), math.nan)
+
+    learner = Hopeless(places=1, window=2, scored_steps=1, lives=Lives(10, 10, 10, 1))
+    data = TaskDataModule("quick", family=Parabola(), instances=2)
+    trainer = make_trainer(tmp_path, 12, limit_val_batches=0, enable_checkpointing=False)
+    with pytest.warns(UserWarning, match=r"10 meta-steps in a row were dropped.* tasks of \['parabola'\]"):
+        trainer.fit(learner, data)
+    assert learner.skipped_meta_steps == 12
+
+
 def test_fine_tuning_keeps_the_first_rate_and_the_horizon_of_its_weights(tmp_path: Path) -> None:
     learner = MetaLearner(weights="hrnn-v4", places=1, window=5, scored_steps=2, lives=Lives(10, 10, 10, 1))
     make_trainer(tmp_path, 1, enable_checkpointing=False).fit(learner, TaskDataModule("quick", instances=2))
@@ -649,6 +723,10 @@ def test_bad_settings_are_refused() -> None:
         make_learner(engine="gpu9")
     with pytest.raises(ValueError, match="First rates need"):
         make_learner(rates=(1.0, 0.1))
+    with pytest.raises(ValueError, match="both finite"):
+        make_learner(rates=(1e-3, math.inf))
+    with pytest.raises(ValueError, match="leave out preset='paper', or weights='hrnn-v10'"):
+        make_learner(preset="paper", weights="hrnn-v10")
     with pytest.raises(ValueError, match=r"rule_changes \['tensor_hidden'\] need other meta-parameters"):
         make_learner(weights="hrnn-v0", rule_changes={"tensor_hidden": 30})
     with pytest.raises(ValueError, match=r"no fields \['tensor_size'\]: it has .*'tensor_hidden'"):

@@ -372,6 +372,27 @@ def test_powers_of_the_long_memory_find_their_inputs_by_name() -> None:
     assert new.long_scaling.flatten().tolist() == pytest.approx([1.45, 1.0, -0.15])
 
 
+def test_weights_stay_whole_if_writing_others_fails_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_pretrained(HierarchicalRNN(), tmp_path / "mine.safetensors", {"seed": 1})
+    write = Path.write_bytes
+
+    def full(file: Path, data: bytes) -> int:
+        if ".json" in file.name:
+            raise OSError("No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(HierarchicalRNN(), path, {"seed": 2})
+    assert load_pretrained(path).card["seed"] == 1
+
+
+def test_weights_that_are_no_name_and_no_path_are_refused() -> None:
+    for weights in (None, 3):
+        with pytest.raises(WeightsError, match=rf"Weights are a name, one of \[.*\], or a path, not {weights}"):
+            load_pretrained(weights)  # type: ignore[arg-type]
+
+
 def test_a_number_too_large_for_a_float_is_refused() -> None:
     with pytest.raises(ValueError, match="scale_memory must be"):
         RuleConfig(scale_memory=10**400)
@@ -413,5 +434,8 @@ def test_weights_are_averaged_with_other_bounds(tmp_path: Path, capsys: pytest.C
     assert (loaded.config.drift_rise, loaded.card["initial_rate"], loaded.card["seed"]) == (4, 2e-4, 1)
     assert [one["name"] for one in loaded.card["averaged"]] == ["0", "1"]
     assert main(["average", str(out), paths[0], "--overwrite", "--bounds", '{"drift_up": 4}']) == 1
+    seen = [save_pretrained(rules[0], tmp_path / f"{net}.safetensors", {"looked_at": {"nets": [net]}}) for net in "ab"]
+    assert main(["average", str(out), *map(str, seen), "--overwrite"]) == 0
+    assert read_card(out)["looked_at"] == {"nets": ["a", "b"]}
     assert main(["average", str(out), paths[0], "--overwrite", "--bounds", '{"timescales": 4, "warm_up": 0.1}']) == 0
     assert (load_pretrained(out).config.warm_up, load_pretrained(out).config.timescales) == (0.1, 4)

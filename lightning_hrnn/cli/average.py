@@ -10,7 +10,13 @@ from rich.console import Console
 
 from lightning_hrnn.cli.parser import PROGRAM, CommandParser
 from lightning_hrnn.optimizer.hierarchical_rnn import SmallModels
-from lightning_hrnn.optimizer.pretrained import average_weights, load_pretrained, save_pretrained, small_beside
+from lightning_hrnn.optimizer.pretrained import (
+    average_weights,
+    load_pretrained,
+    looked_at,
+    save_pretrained,
+    small_beside,
+)
 
 SMALL_BELOW = 2000  # parameters
 EXAMPLES = f"""\
@@ -66,6 +72,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.small is not None:
         rule.small = SmallModels(options.small_below or SMALL_BELOW, load_pretrained(options.small))
     card = {key: value for key, value in rules[-1].card.items() if key not in ("name", "evaluation")}
+    card["looked_at"] = looked_at(*(one.card for one in rules))
     card["averaged"] = [{"name": one.card["name"], "sha256": one.card["sha256"]} for one in rules]
     if options.initial_rate is not None:
         card["initial_rate"] = options.initial_rate

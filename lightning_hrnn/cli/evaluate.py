@@ -112,7 +112,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--corpus", type=str, default="released", help="Corpus whose families make the suite 'corpus'.")
     add("--draws", type=PositiveInt, default=1, help="Configurations to draw from each family of the corpus.")
     add("--data-dir", type=str | None, default=None, help=DATA_DIR_HELP)
-    add("--out", type=Path, default=Path("hrnn-evaluation"), help="Folder for the report, the figures and the cache.")
+    out_help = "Folder for the report, the figures and the cache; hrnn-evaluation/SUITE-STEPS if null."
+    add("--out", type=Path | None, default=None, help=out_help)
     add("--processes", type=PositiveInt | None, default=None, help="Each on one thread; as many as cores if null.")
     given_help = "Also the rule's direction at given rates, tuned and scheduled like the baselines; it costs like two."
     add("--given", action="store_true", help=given_help)
@@ -122,14 +123,17 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--quick", action="store_true", help="Two tasks, 50 steps, two seeds, one to tune: shows that all works.")
     options = parser.parse_args(list(arguments))
     of_corpus = [f"--{name}" for name in ("corpus", "draws") if options[name] != parser.get_default(name)]
-    if of_corpus and options.suite != "corpus":
-        raise ValueError(
-            f"{' and '.join(of_corpus)} would change nothing: the suite is {options.suite!r}. Leave it out, or take "
-            "--suite corpus."
-        )
+    of_vision = [] if options.data_dir is None else ["--data-dir"]
+    for suite, others in (("corpus", of_corpus), ("vision", of_vision)):
+        if others and options.suite != suite:
+            raise ValueError(
+                f"{' and '.join(others)} would change nothing: the suite is {options.suite!r}. Leave it out, or take "
+                f"--suite {suite}."
+            )
     for name, usual in (("steps", 1000), ("seeds", 5), ("tuning_seeds", 3)):
         if options[name] is None:
             options[name] = QUICK[name] if options.quick else usual
+    options.out = options.out or Path("hrnn-evaluation", f"{options.suite}-{options.steps}")
     options.processes = options.processes or (1 if options.device == "cuda" else os.cpu_count() or 1)
     return options
 

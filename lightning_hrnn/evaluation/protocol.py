@@ -69,9 +69,10 @@ class Outcome:
     rates: tuple[list[float], ...] = ()
 
     def __post_init__(self) -> None:
-        numbers = [*self.initial, *self.final, *self.steps, *(value for losses in self.curve for value in losses)]
+        times, curve = (self.seconds, self.tuning_seconds), (value for losses in self.curve for value in losses)
+        numbers = [*times, *self.initial, *self.final, *self.steps, *curve]
         if not all(isinstance(value, int | float) for value in numbers) or len(self.curve) != len(self.steps):
-            raise TypeError("An outcome holds losses as numbers, those of each scored step.")
+            raise TypeError("An outcome holds losses and times as numbers, those of each scored step.")
         if {len(losses) for losses in (self.initial, *self.curve)} != {len(self.final)}:
             raise ValueError("An outcome holds as many losses before, at each scored step and at the end.")
 

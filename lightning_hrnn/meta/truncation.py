@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_hrnn.meta.loss import refuse_negative
@@ -26,6 +27,7 @@ from lightning_hrnn.tasks.base import TaskFamily
 from lightning_hrnn.tasks.corpus import Corpus
 
 FEWEST = 4  # instances of a large task
+DRAWS = 20  # in a row that may begin with losses that are not finite
 
 
 class TaskStream:
@@ -169,8 +171,8 @@ class TaskPool:
     def __init__(self, places: int, lives: Lives, rates: tuple[float, float], cooling: float = 0.0) -> None:
         if places < 1:
             raise ValueError(f"A pool needs at least one place, not {places}.")
-        if not 0 < rates[0] <= rates[1]:
-            raise ValueError(f"First rates need 0 < low <= high, not {rates}.")
+        if not 0 < rates[0] <= rates[1] < math.inf:
+            raise ValueError(f"First rates need 0 < low <= high, both finite, not {rates}.")
         if not 0 <= cooling <= 1:
             raise ValueError(f"cooling is a share of the tasks, from 0 to 1, not {cooling}.")
         self.count, self.lives, self.rates, self.cooling = places, lives, rates, cooling
@@ -180,12 +182,25 @@ class TaskPool:
         """Replace tasks whose life is over or whose parameters are no longer finite; fill free places.
 
         Raises:
-            ValueError: a fresh task begins with a negative loss.
+            ValueError: a fresh task begins with a negative loss, or `DRAWS` in a row with losses that are not finite.
         """
         self.places = [place for place in self.places if place.age < place.life and _is_finite(place)]
         while len(self.places) < self.count:
+            self.places.append(self._draw(stream, rule, meta_step, device))
+
+    def _draw(self, stream: TaskStream, rule: HierarchicalRNN, meta_step: int, device: torch.device | str) -> Place:
+        """Draw until all instances begin with a finite loss: beside another none can be scored."""
+        for _ in range(DRAWS):
             seed = stream.next_seed()
-            self.places.append(self._start(seed, stream.draw(seed, device), rule, meta_step))
+            place = self._start(seed, stream.draw(seed, device), rule, meta_step)
+            name = place.tasks.family.name
+            if place.initial_loss.isfinite().all():
+                return place
+            rank_zero_warn(f"Instances of the family {name!r} begin with a loss that is not finite, and are left out.")
+        raise ValueError(
+            f"{DRAWS} draws in a row begin with losses that are not finite, the last of the family {name!r}: mend "
+            "its init or its loss, which `check_task` checks."
+        )
 
     def _start(self, seed: int, tasks: TaskBatch, rule: HierarchicalRNN, meta_step: int) -> Place:
         population = Population([tasks])

@@ -8,6 +8,7 @@ A card may name other weights beside it for models of few parameters, as `SMALL_
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -229,11 +230,46 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
         own = {key: value for key, value in rule.small.rule.card.items() if key != "name"}
         beside = save_pretrained(rule.small.rule, small_beside(path), own)
         full["small"] = {"below": rule.small.below, "weights": beside.stem, "sha256": read_card(beside)["sha256"]}
-    for file, data in ((path, content), (path.with_suffix(".json"), (json.dumps(full, indent=2) + "\n").encode())):
-        part = file.with_suffix(file.suffix + ".part")
-        part.write_bytes(data)
+    files = {path: content, path.with_suffix(".json"): (json.dumps(full, indent=2) + "\n").encode()}
+    parts = {file: file.with_suffix(file.suffix + ".part") for file in files}
+    for file, data in files.items():
+        parts[file].write_bytes(data)
+    for file, part in parts.items():  # at once, when both are whole: one without the other is of no use
         part.replace(file)
     return path
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename weights and their card, so that others can be written where they are.
+
+    Args:
+        path: of a `.safetensors` file, which need not be there.
+
+    Returns:
+        Its new path, `NAME-before-1.safetensors` or the next number that is free; None if there is nothing.
+    """
+    if not path.exists():
+        return None
+    numbered = (path.with_name(f"{path.stem}-before-{number}{path.suffix}") for number in itertools.count(1))
+    kept = next(other for other in numbered if not other.exists() and not other.with_suffix(".json").exists())
+    for file in (path, path.with_suffix(".json")):
+        if file.exists():
+            file.rename(kept.with_suffix(file.suffix))
+    return kept
+
+
+def looked_at(*cards: dict[str, Any]) -> dict[str, list[str]]:
+    """Return which tasks of each suite had a part in choosing any of some weights.
+
+    Example:
+        >>> looked_at({"looked_at": {"nets": ["gru"]}}, {}, {"looked_at": {"nets": ["lstm", "gru"]}})
+        {'nets': ['gru', 'lstm']}
+    """
+    found: dict[str, list[str]] = {}
+    for card in cards:
+        for suite, tasks in card.get("looked_at", {}).items():
+            found[suite] = [*dict.fromkeys([*found.get(suite, []), *tasks])]
+    return found
 
 
 def small_beside(path: Path) -> Path:
@@ -347,6 +383,8 @@ def fingerprint(rule: HierarchicalRNN) -> str:
 
 
 def _find(weights: str | Path) -> Path:
+    if not isinstance(weights, str | Path):
+        raise WeightsError(f"Weights are a name, one of {available_weights()}, or a path, not {weights!r}.")
     path = Path(weights)
     if path.suffix == ".safetensors":
         if not path.is_file():
@@ -362,4 +400,6 @@ def _find(weights: str | Path) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Return what an error says first; torch names what it could not load in the line after."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
