@@ -184,8 +184,8 @@ class MetaLearner(LightningModule):
             families = sorted({place.tasks.family.name for place in self.pool})
             rank_zero_warn(
                 f"{SKIPS} meta-steps in a row were dropped, since their meta-gradients are not finite: nothing is "
-                f"learned. In flight are tasks of {families}. If the loss of one can be NaN, mend it; else take a "
-                "shorter window, or an earlier checkpoint."
+                f"learned. In flight, in this process, are tasks of {families}. If the loss of one can be NaN, "
+                "mend it; else go on from an earlier checkpoint, with a lower learning_rate."
             )
         optimizer.zero_grad(set_to_none=True)
 
@@ -280,7 +280,7 @@ class MetaLearner(LightningModule):
             card: what the caller knows of how they came about.
         """
         if self.global_step == 0 and self.started_from:
-            history = {key: value for key, value in self.rule.card.items() if key != "name"}
+            history = {key: value for key, value in self.rule.card.items() if key not in ("name", "run")}
         else:
             datamodule = getattr(self._trainer, "datamodule", None)
             history = {
@@ -293,7 +293,8 @@ class MetaLearner(LightningModule):
             }
         evaluation = [result.row(name) for name, result in sorted(self._evaluation.items())]
         full = {**history, "initial_rate": self.initial_rate, "evaluation": evaluation, **(card or {})}
-        full["looked_at"] = looked_at(self.rule.card, card or {})
+        if seen := looked_at(self.rule.card, card or {}):
+            full["looked_at"] = seen
         return save_pretrained(self.averaged_rule, path, full)
 
 

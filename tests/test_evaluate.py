@@ -8,6 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hrnn.cli import main
-from lightning_hrnn.cli.evaluate import show
+from lightning_hrnn.cli.evaluate import parse, show
 from lightning_hrnn.evaluation.baselines import BASELINES, CONSTANT, train, warm_up_cosine
 from lightning_hrnn.evaluation.evaluation_report import LOSS_COLUMNS, EvaluationReport
 from lightning_hrnn.evaluation.figures import plot_curves, plot_rates, plot_win_rates
@@ -650,6 +651,16 @@ def test_no_task_of_a_corpus_counts_as_untouched(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["summary"]["not_looked_at"]["tasks"] == 0
     assert [(found["task"], found["looked_at"]) for found in report["results"]] == [("bowl/1", True)]
+
+
+def test_suites_and_lengths_and_seeds_have_folders_of_their_own():
+    for arguments, folder in (
+        ([], "nets-1000"),
+        (["--suite", "vision", "--steps", "3000"], "vision-3000"),
+        (["--quick", "--seed", "40"], "nets-50-seed-40"),
+    ):
+        assert parse(arguments).out == Path("hrnn-evaluation", folder)
+    assert parse(["--out", "mine"]).out == Path("mine")
 
 
 def test_the_command_complains_in_one_line(tmp_path, monkeypatch, capsys):

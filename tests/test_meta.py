@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -318,7 +319,7 @@ class TestPool:
             share = 1.0
 
         rule, pool = HierarchicalRNN(), TaskPool(8, Lives(20, 20, 20), rates=(1e-3, 1e-2))
-        with pytest.warns(UserWarning, match="'sometimes' begin with a loss that is not finite, and are left out"):
+        with pytest.warns(UserWarning, match="'sometimes' is left out: some of its instances begin"):
             pool.refill(TaskStream(Sometimes(), 2, 0), rule, 0, "cpu")
         assert len(pool.places) == 8
         assert pool.initial_losses().isfinite().all()
@@ -542,32 +543,40 @@ def test_the_best_weights_are_exported_with_a_card(tmp_path: Path) -> None:
     assert (again["meta_steps"], again["corpus"], again["name"]) == (rule.card["meta_steps"], "quick", "again")
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_weights_of_another_run_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    data = {"instances": 2, "epoch_steps": 1, "validation": ["wide-mlp"], "validation_steps": 8}
+    data = {"instances": 2, "epoch_steps": 2, "validation": ["wide-mlp"], "validation_steps": 8}
 
-    def run(steps: int, **how: Any) -> WeightsExport:
-        export = WeightsExport(str(path))
-        trainer = make_trainer(tmp_path, steps, callbacks=[export], enable_checkpointing=False, **how)
-        trainer.fit(make_learner(), TaskDataModule("quick", **data))
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    def run(steps: int, checkpoint: Path | None = None, **how: Any) -> WeightsExport:
+        export = WeightsExport(str(path), keep_all=True)
+        # as in the recipes: written after the steps that are validated, but before they are
+        saving = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2, enable_version_counter=False)
+        trainer = make_trainer(tmp_path, steps, callbacks=[export, saving], **how)
+        trainer.fit(make_learner(), TaskDataModule("quick", **data), ckpt_path=checkpoint)
         return export
 
-    run(1)
-    first = path.read_bytes()
-    export = WeightsExport(str(path))
-    validating = make_trainer(tmp_path, 1, callbacks=[export], enable_checkpointing=False)
+    run(4)
+    first, names = path.read_bytes(), {file.name for file in tmp_path.glob("*.safetensors")}
+    assert names == {"weights.safetensors", "step_2.safetensors", "step_4.safetensors"}
+    validating = make_trainer(tmp_path, 1, callbacks=[WeightsExport(str(path))], enable_checkpointing=False)
     validating.validate(make_learner(), TaskDataModule("quick", **data))
     run(1, fast_dev_run=1)
     assert path.read_bytes() == first  # neither is a run whose weights are worth keeping
-    run(2)
-    run(2)
+    once = run(2)
+    kept = {f"{Path(name).stem}-before-1.safetensors" for name in names}
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == kept | {
+        "weights.safetensors",
+        "step_2.safetensors",
+    }
     assert (tmp_path / "weights-before-1.safetensors").read_bytes() == first
-    assert load_pretrained(tmp_path / "weights-before-2.safetensors").card["name"] == "weights"
-    again = WeightsExport(str(path))
-    trainer = make_trainer(tmp_path, 3, callbacks=[again], enable_checkpointing=False)
-    trainer.fit(make_learner(), TaskDataModule("quick", **data), ckpt_path=tmp_path / "last.ckpt")
-    assert not (tmp_path / "weights-before-3.safetensors").exists()  # it goes on from the run that wrote them
+    card = read_card(path)
+    card["val/regret"] = -99.0  # a validation that no later one will better, and that last.ckpt does not know
+    path.with_suffix(".json").write_text(json.dumps(card))
+    again = run(4, tmp_path / "last.ckpt")
+    assert again.run == once.run
+    assert again.best == read_card(path)["val/regret"] == -99.0
+    assert {file.name for file in tmp_path.glob("*.safetensors")} == kept | names
 
 
 def test_what_was_looked_at_is_handed_on(tmp_path: Path) -> None:
@@ -576,6 +585,8 @@ def test_what_was_looked_at_is_handed_on(tmp_path: Path) -> None:
     make_trainer(tmp_path, 1, enable_checkpointing=False).fit(learner, TaskDataModule("quick", instances=2))
     path = learner.export(tmp_path / "tuned.safetensors", {"looked_at": {"nets": ["lstm"], "vision": ["digits-conv"]}})
     assert read_card(path)["looked_at"] == {"nets": [*looked_at["nets"], "lstm"], "vision": ["digits-conv"]}
+    with pytest.raises(ValueError, match=r"looked_at lists names of tasks for each suite, .* not \['gru'\]"):
+        WeightsExport("a.safetensors", notes={"looked_at": ["gru"]}).setup(make_trainer(tmp_path, 1), learner, "fit")
 
 
 def test_many_dropped_meta_steps_in_a_row_are_told(tmp_path: Path) -> None:

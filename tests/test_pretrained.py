@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_hrnn.cli import main
 from lightning_hrnn.optimizer.config import RuleConfig
-from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
+from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, SmallModels
 from lightning_hrnn.optimizer.optimizer import HRNN
 from lightning_hrnn.optimizer.pretrained import (
     DEFAULT_WEIGHTS,
@@ -385,6 +385,31 @@ def test_weights_stay_whole_if_writing_others_fails_half_way(tmp_path: Path, mon
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(HierarchicalRNN(), path, {"seed": 2})
     assert load_pretrained(path).card["seed"] == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_weights_for_small_models_stay_with_theirs_if_writing_others_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, path = HierarchicalRNN(), tmp_path / "both.safetensors"
+    rule.small = SmallModels(2000, HierarchicalRNN())
+    save_pretrained(rule, path, {"seed": 1})
+    write = Path.write_bytes
+
+    def full(file: Path, data: bytes) -> int:
+        if "small" not in file.name:
+            raise OSError("No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    rule.small = SmallModels(2000, HierarchicalRNN())
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(rule, path, {"seed": 2})
+    loaded = load_pretrained(path)
+    assert loaded.card["seed"] == 1
+    assert loaded.small is not None
+    with pytest.raises(ValueError, match="looked_at lists names of tasks"):
+        save_pretrained(rule, path, {"looked_at": {"nets": "gru"}})
 
 
 def test_weights_that_are_no_name_and_no_path_are_refused() -> None:
@@ -435,7 +460,7 @@ def test_weights_are_averaged_with_other_bounds(tmp_path: Path, capsys: pytest.C
     assert [one["name"] for one in loaded.card["averaged"]] == ["0", "1"]
     assert main(["average", str(out), paths[0], "--overwrite", "--bounds", '{"drift_up": 4}']) == 1
     seen = [save_pretrained(rules[0], tmp_path / f"{net}.safetensors", {"looked_at": {"nets": [net]}}) for net in "ab"]
-    assert main(["average", str(out), *map(str, seen), "--overwrite"]) == 0
-    assert read_card(out)["looked_at"] == {"nets": ["a", "b"]}
+    assert main(["average", str(out), *map(str, seen), "--overwrite", "--looked-at", '{"vision": ["c"]}']) == 0
+    assert read_card(out)["looked_at"] == {"nets": ["a", "b"], "vision": ["c"]}
     assert main(["average", str(out), paths[0], "--overwrite", "--bounds", '{"timescales": 4, "warm_up": 0.1}']) == 0
     assert (load_pretrained(out).config.warm_up, load_pretrained(out).config.timescales) == (0.1, 4)

@@ -56,6 +56,12 @@ def run(arguments: Sequence[str]) -> None:
         default=None,
         help="First learned rate; the last weights' own if null.",
     )
+    add(
+        "--looked-at",
+        type=dict[str, list[str]],
+        default={},
+        help="Tasks of each suite of `evaluate` by which bounds were chosen, besides those that the cards name.",
+    )
     small_help = "Weights for small models, to be written beside OUT as OUT-small."
     add("--small", type=str | None, default=None, help=small_help)
     below_help = f"Models of fewer parameters are small; {SMALL_BELOW} if null."
@@ -71,8 +77,9 @@ def run(arguments: Sequence[str]) -> None:
     rule = average_weights(rules, dict(options.bounds))
     if options.small is not None:
         rule.small = SmallModels(options.small_below or SMALL_BELOW, load_pretrained(options.small))
-    card = {key: value for key, value in rules[-1].card.items() if key not in ("name", "evaluation")}
-    card["looked_at"] = looked_at(*(one.card for one in rules))
+    card = {key: value for key, value in rules[-1].card.items() if key not in ("name", "evaluation", "run")}
+    if seen := looked_at(*(one.card for one in rules), {"looked_at": options.looked_at}):
+        card["looked_at"] = seen
     card["averaged"] = [{"name": one.card["name"], "sha256": one.card["sha256"]} for one in rules]
     if options.initial_rate is not None:
         card["initial_rate"] = options.initial_rate

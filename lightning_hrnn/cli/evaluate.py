@@ -27,7 +27,7 @@ from lightning_hrnn.evaluation.trials import Cache, run_trials
 from lightning_hrnn.evaluation.verdict import judge
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN
 from lightning_hrnn.optimizer.kernels import choose_engine
-from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, load_pretrained
+from lightning_hrnn.optimizer.pretrained import DEFAULT_WEIGHTS, fingerprint, first_rate, load_pretrained, looked_at
 
 QUICK: dict[str, Any] = {"steps": 50, "seeds": 2, "tuning_seeds": 1, "tasks": 2}
 NOT_SHOWN = ("default_adam", "given", "beaten")
@@ -67,9 +67,9 @@ def run(arguments: Sequence[str]) -> None:
     ready_folder(ready_folder(options.out) / "cache")
     outcomes = compare(setting, tasks, rule, options, console)
     rules = [rule, *([rule.small.rule] if rule.small else [])]
-    seen = [task for one in rules for task in one.card.get("looked_at", {}).get(options.suite, [])]
-    looked_at = tasks if options.suite == "corpus" else seen  # a corpus is what rules learn from
-    records = [judge(setting, task, outcomes[task], looked_at) for task in tasks]
+    seen = looked_at(*(one.card for one in rules)).get(options.suite, [])
+    known = tasks if options.suite == "corpus" else seen  # a corpus is what rules learn from
+    records = [judge(setting, task, outcomes[task], known) for task in tasks]
     report = EvaluationReport.of(
         records,
         title=f"{options.weights} on the suite {options.suite}, {options.steps:,} steps",
@@ -84,7 +84,7 @@ def run(arguments: Sequence[str]) -> None:
     report.write(options.out)
     show(report, console)
     console.print(report.summary)
-    with console.status(f"Drawing {len(tasks)} tasks"):  # a minute where there are hundreds
+    with console.status(f"Drawing curves and rates of {len(tasks)} task(s)"):  # a minute where there are hundreds
         draw(report, outcomes, options.out)
     console.print(f"Written to {options.out}: report.md, report.json, {', '.join(report.figures)}")
 
@@ -112,7 +112,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--corpus", type=str, default="released", help="Corpus whose families make the suite 'corpus'.")
     add("--draws", type=PositiveInt, default=1, help="Configurations to draw from each family of the corpus.")
     add("--data-dir", type=str | None, default=None, help=DATA_DIR_HELP)
-    out_help = "Folder for the report, the figures and the cache; hrnn-evaluation/SUITE-STEPS if null."
+    out_help = "Folder for the report, the figures and the cache; hrnn-evaluation/SUITE-STEPS, with the seed, if null."
     add("--out", type=Path | None, default=None, help=out_help)
     add("--processes", type=PositiveInt | None, default=None, help="Each on one thread; as many as cores if null.")
     given_help = "Also the rule's direction at given rates, tuned and scheduled like the baselines; it costs like two."
@@ -133,7 +133,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     for name, usual in (("steps", 1000), ("seeds", 5), ("tuning_seeds", 3)):
         if options[name] is None:
             options[name] = QUICK[name] if options.quick else usual
-    options.out = options.out or Path("hrnn-evaluation", f"{options.suite}-{options.steps}")
+    seed = f"-seed-{options.seed}" if options.seed else ""
+    options.out = options.out or Path("hrnn-evaluation", f"{options.suite}-{options.steps}{seed}")
     options.processes = options.processes or (1 if options.device == "cuda" else os.cpu_count() or 1)
     return options
 

@@ -69,8 +69,8 @@ class Outcome:
     rates: tuple[list[float], ...] = ()
 
     def __post_init__(self) -> None:
-        times, curve = (self.seconds, self.tuning_seconds), (value for losses in self.curve for value in losses)
-        numbers = [*times, *self.initial, *self.final, *self.steps, *curve]
+        curve = [value for losses in self.curve for value in losses]
+        numbers = [self.seconds, self.tuning_seconds, *self.initial, *self.final, *self.steps, *curve]
         if not all(isinstance(value, int | float) for value in numbers) or len(self.curve) != len(self.steps):
             raise TypeError("An outcome holds losses and times as numbers, those of each scored step.")
         if {len(losses) for losses in (self.initial, *self.curve)} != {len(self.final)}:

@@ -189,14 +189,16 @@ class TaskPool:
             self.places.append(self._draw(stream, rule, meta_step, device))
 
     def _draw(self, stream: TaskStream, rule: HierarchicalRNN, meta_step: int, device: torch.device | str) -> Place:
-        """Draw until all instances begin with a finite loss: beside another none can be scored."""
+        """Draw until all instances begin with a finite loss: one that is not makes the meta-loss of all not finite."""
         for _ in range(DRAWS):
             seed = stream.next_seed()
             place = self._start(seed, stream.draw(seed, device), rule, meta_step)
             name = place.tasks.family.name
             if place.initial_loss.isfinite().all():
                 return place
-            rank_zero_warn(f"Instances of the family {name!r} begin with a loss that is not finite, and are left out.")
+            rank_zero_warn(
+                f"A draw of {name!r} is left out: some of its instances begin with a loss that is not finite."
+            )
         raise ValueError(
             f"{DRAWS} draws in a row begin with losses that are not finite, the last of the family {name!r}: mend "
             "its init or its loss, which `check_task` checks."

@@ -157,10 +157,10 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _names_tasks(looked_at: Any) -> bool:
+def _names_tasks(value: Any) -> bool:
     """Tell whether a value lists names, those of each suite."""
-    return isinstance(looked_at, dict) and all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in looked_at.values()
+    return isinstance(value, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value.values()
     )
 
 
@@ -207,16 +207,32 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
         The path of the tensors' file.
 
     Raises:
-        ValueError: the path has another suffix.
+        ValueError: the path has another suffix, or the card says what could not be loaded.
         WeightsError: a model could not grow from the rule for small models to this one.
     """
     path = Path(path)
+    files = _files(rule, path, card)
+    parts = {file: file.with_suffix(file.suffix + ".part") for file in files}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for file, data in files.items():
+            parts[file].write_bytes(data)
+        for file, part in parts.items():  # one right after the other, all whole: one without the others is of no use
+            part.replace(file)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    return path
+
+
+def _files(rule: HierarchicalRNN, path: Path, card: dict[str, Any]) -> dict[Path, bytes]:
+    """Return what the files of a rule hold: tensors, card, and those of the rule for small models."""
     if path.suffix != ".safetensors":
         raise ValueError(f"Weights are saved as .safetensors, not {path.suffix or 'without a suffix'}: {path}.")
     for key in POSITIVE_KEYS:
         if not _is_positive(value := card.get(key, 1)):
             raise ValueError(f"{key} must be positive and finite, not {value!r}: such weights could not be loaded.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    looked_at(card)
     content = save({name: value.detach().float().cpu().contiguous() for name, value in rule.state_dict().items()})
     full = {
         "name": path.stem,
@@ -225,18 +241,15 @@ def save_pretrained(rule: HierarchicalRNN, path: str | Path, card: dict[str, Any
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     full.pop("small", None)  # of the weights that it was made from
+    others: dict[Path, bytes] = {}
     if rule.small is not None:
         _check_pair(rule, rule.small.rule)
         own = {key: value for key, value in rule.small.rule.card.items() if key != "name"}
-        beside = save_pretrained(rule.small.rule, small_beside(path), own)
-        full["small"] = {"below": rule.small.below, "weights": beside.stem, "sha256": read_card(beside)["sha256"]}
-    files = {path: content, path.with_suffix(".json"): (json.dumps(full, indent=2) + "\n").encode()}
-    parts = {file: file.with_suffix(file.suffix + ".part") for file in files}
-    for file, data in files.items():
-        parts[file].write_bytes(data)
-    for file, part in parts.items():  # at once, when both are whole: one without the other is of no use
-        part.replace(file)
-    return path
+        beside = small_beside(path)
+        others = _files(rule.small.rule, beside, own)
+        digest = hashlib.sha256(others[beside]).hexdigest()
+        full["small"] = {"below": rule.small.below, "weights": beside.stem, "sha256": digest}
+    return {**others, path: content, path.with_suffix(".json"): (json.dumps(full, indent=2) + "\n").encode()}
 
 
 def set_aside(path: Path) -> Path | None:
@@ -261,13 +274,21 @@ def set_aside(path: Path) -> Path | None:
 def looked_at(*cards: dict[str, Any]) -> dict[str, list[str]]:
     """Return which tasks of each suite had a part in choosing any of some weights.
 
+    Raises:
+        ValueError: a card names them in another form.
+
     Example:
         >>> looked_at({"looked_at": {"nets": ["gru"]}}, {}, {"looked_at": {"nets": ["lstm", "gru"]}})
         {'nets': ['gru', 'lstm']}
     """
     found: dict[str, list[str]] = {}
     for card in cards:
-        for suite, tasks in card.get("looked_at", {}).items():
+        named = card.get("looked_at", {})
+        if not _names_tasks(named):
+            raise ValueError(
+                f"looked_at lists names of tasks for each suite, such as {{'nets': ['gru']}}, not {named!r}."
+            )
+        for suite, tasks in named.items():
             found[suite] = [*dict.fromkeys([*found.get(suite, []), *tasks])]
     return found
 

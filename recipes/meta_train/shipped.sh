@@ -39,7 +39,8 @@ average runs/shipped/attended.safetensors runs/attend/step_{100,200,300}.safeten
 fit evolve --config "$here/evolve.yaml" --model.weights runs/shipped/attended.safetensors
 fit explore --config "$here/evolve.yaml" --config "$here/explore.yaml" --model.weights runs/evolve/weights.safetensors
 average runs/shipped/settled.safetensors runs/explore/weights.safetensors \
-    --bounds '{"drift_settles": 300, "warm_up": 0.1, "scale_memory": 300, "scale_inputs": ["tensor_count", "model_count", "trend"], "peak_fall": 1, "vanished": 1e-4, "far_fall": 0.5, "step_bound": 0.25}'
+    --bounds '{"drift_settles": 300, "warm_up": 0.1, "scale_memory": 300, "scale_inputs": ["tensor_count", "model_count", "trend"], "peak_fall": 1, "vanished": 1e-4, "far_fall": 0.5, "step_bound": 0.25}' \
+    --looked-at '{"nets": ["layer-norm-mlp", "digits-relu-mlp", "embeddings", "residual-mlp", "digits-row-gru", "wide-relu-mlp", "deep-relu-mlp", "digits-autoencoder", "digits-batch-norm-mlp", "two-block-transformer", "digits-deep-gelu-mlp", "digits-transformer"]}'
 
 # The rule for small models, beside tuned baselines on the sets that it is made for, but for one that takes hours.
 [ -e runs/rivals/report.json ] || lightning-hrnn evaluate --suite corpus --steps 300 --draws 12 --seed 1000 \
