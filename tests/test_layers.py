@@ -50,7 +50,7 @@ MAY_IMPORT = {
     },
     "datamodule": {"version", "tasks", "meta", "evaluation"},
     "module": {"version", "optimizer", "tasks", "meta", "evaluation", "datamodule"},
-    "export": {"version", "module"},
+    "export": {"version", "optimizer", "module"},
     "__init__": {"version", "optimizer", "configure", "callbacks", "divergence", "module", "datamodule"},
 }
 MAY_IMPORT["evaluation.benchmark"] = MAY_IMPORT["evaluation"] | {"evaluation", "meta"}  # whatever can be timed

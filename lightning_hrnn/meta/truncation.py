@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_hrnn.meta.loss import refuse_negative
@@ -196,8 +196,9 @@ class TaskPool:
             name = place.tasks.family.name
             if place.initial_loss.isfinite().all():
                 return place
-            rank_zero_warn(
-                f"A draw of {name!r} is left out: some of its instances begin with a loss that is not finite."
+            warnings.warn(
+                f"A draw of {name!r} is left out: some of its instances begin with a loss that is not finite.",
+                stacklevel=2,
             )
         raise ValueError(
             f"{DRAWS} draws in a row begin with losses that are not finite, the last of the family {name!r}: mend "
