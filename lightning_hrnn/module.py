@@ -30,7 +30,14 @@ from lightning_hrnn.meta.unroll import Point
 from lightning_hrnn.optimizer.config import RuleConfig
 from lightning_hrnn.optimizer.hierarchical_rnn import HierarchicalRNN, ParamLevelEngine
 from lightning_hrnn.optimizer.kernels import choose_engine
-from lightning_hrnn.optimizer.pretrained import first_rate, load_pretrained, looked_at, reconfigured, save_pretrained
+from lightning_hrnn.optimizer.pretrained import (
+    first_rate,
+    inherited,
+    load_pretrained,
+    looked_at,
+    reconfigured,
+    save_pretrained,
+)
 from lightning_hrnn.version import __version__
 
 SKIPS = 10  # meta-steps dropped in a row that are worth a warning
@@ -280,7 +287,7 @@ class MetaLearner(LightningModule):
             card: what the caller knows of how they came about.
         """
         if self.global_step == 0 and self.started_from:
-            history = {key: value for key, value in self.rule.card.items() if key not in ("name", "run")}
+            history = inherited(self.rule.card)
         else:
             datamodule = getattr(self._trainer, "datamodule", None)
             history = {

@@ -462,5 +462,9 @@ def test_weights_are_averaged_with_other_bounds(tmp_path: Path, capsys: pytest.C
     seen = [save_pretrained(rules[0], tmp_path / f"{net}.safetensors", {"looked_at": {"nets": [net]}}) for net in "ab"]
     assert main(["average", str(out), *map(str, seen), "--overwrite", "--looked-at", '{"vision": ["c"]}']) == 0
     assert read_card(out)["looked_at"] == {"nets": ["a", "b"], "vision": ["c"]}
+    exported = str(save_pretrained(rules[0], tmp_path / "exported.safetensors", {"run": "1", "seed": 7}))
+    assert main(["average", str(out), exported, "--small", exported, "--overwrite"]) == 0
+    cards = [read_card(out), read_card(tmp_path / "mean-small.safetensors")]
+    assert [(card["seed"], "run" in card) for card in cards] == [(7, False)] * 2  # no fit takes a copy for its own
     assert main(["average", str(out), paths[0], "--overwrite", "--bounds", '{"timescales": 4, "warm_up": 0.1}']) == 0
     assert (load_pretrained(out).config.warm_up, load_pretrained(out).config.timescales) == (0.1, 4)

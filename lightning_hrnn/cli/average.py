@@ -12,6 +12,7 @@ from lightning_hrnn.cli.parser import PROGRAM, CommandParser
 from lightning_hrnn.optimizer.hierarchical_rnn import SmallModels
 from lightning_hrnn.optimizer.pretrained import (
     average_weights,
+    inherited,
     load_pretrained,
     looked_at,
     save_pretrained,
@@ -77,7 +78,8 @@ def run(arguments: Sequence[str]) -> None:
     rule = average_weights(rules, dict(options.bounds))
     if options.small is not None:
         rule.small = SmallModels(options.small_below or SMALL_BELOW, load_pretrained(options.small))
-    card = {key: value for key, value in rules[-1].card.items() if key not in ("name", "evaluation", "run")}
+    card = inherited(rules[-1].card)
+    card.pop("evaluation", None)
     if seen := looked_at(*(one.card for one in rules), {"looked_at": options.looked_at}):
         card["looked_at"] = seen
     card["averaged"] = [{"name": one.card["name"], "sha256": one.card["sha256"]} for one in rules]

@@ -244,9 +244,8 @@ def _files(rule: HierarchicalRNN, path: Path, card: dict[str, Any]) -> dict[Path
     others: dict[Path, bytes] = {}
     if rule.small is not None:
         _check_pair(rule, rule.small.rule)
-        own = {key: value for key, value in rule.small.rule.card.items() if key != "name"}
         beside = small_beside(path)
-        others = _files(rule.small.rule, beside, own)
+        others = _files(rule.small.rule, beside, inherited(rule.small.rule.card))
         digest = hashlib.sha256(others[beside]).hexdigest()
         full["small"] = {"below": rule.small.below, "weights": beside.stem, "sha256": digest}
     return {**others, path: content, path.with_suffix(".json"): (json.dumps(full, indent=2) + "\n").encode()}
@@ -269,6 +268,11 @@ def set_aside(path: Path) -> Path | None:
         if file.exists():
             file.rename(kept.with_suffix(file.suffix))
     return kept
+
+
+def inherited(card: dict[str, Any]) -> dict[str, Any]:
+    """Return what a card says that holds for a copy as well: all but the file's name and the run that wrote it."""
+    return {key: value for key, value in card.items() if key not in ("name", "run")}
 
 
 def looked_at(*cards: dict[str, Any]) -> dict[str, list[str]]:
